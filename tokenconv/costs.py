@@ -1,0 +1,223 @@
+"""What a model costs: parameters, multiply-accumulates and bytes, from shapes alone.
+
+A forward pass on the meta device gives the shape of every operator call; each call is then priced
+by its closed formula. Nothing is allocated and nothing is computed.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tokenconv.errors import MeasurementError
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What one module inside a model costs."""
+
+    params: int
+    """Parameters it owns."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    bytes: int
+    """Bytes its operators read and write for one image."""
+    calls: int
+    """How often it runs in one forward pass."""
+    input_shape: tuple[int, ...]
+    """Shape of what it is given, for one image; empty if it never runs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs for one image.
+
+    A multiply-accumulate counts once; convolutions, linears, ``Q K^T`` and ``A V`` are counted
+    and nothing else, as in the papers. ``bytes`` is the traffic of eager execution: every operator
+    reads its tensors once and writes its results once, views are free.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+    sites: Mapping[str, SiteCost]
+    """The modules that were asked for, by name."""
+
+
+def cost(
+    model: nn.Module, input_size: Sequence[int], *, sites: Iterable[str] | None = None
+) -> Cost:
+    """Price one forward pass of a model, without memory and without running it.
+
+    Args:
+        model: Any module that takes a batch of images.
+        input_size: ``(C, H, W)`` of one image.
+        sites: Names of modules to price by themselves; None takes the outermost tokenconv modules.
+
+    Returns:
+        Parameters, MACs and bytes, in total and per site.
+
+    Raises:
+        MeasurementError: If the model refuses an image of this size.
+    """
+    meta = meta_copy(model).eval()
+    names = _own_sites(meta) if sites is None else list(sites)
+    meter = _Meter()
+    for name in names:
+        module = meta.get_submodule(name)
+        module.register_forward_pre_hook(meter.enter(name))
+        module.register_forward_hook(meter.leave)
+    floating = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
+    images = torch.empty(1, *input_size, device="meta", dtype=floating)
+    try:
+        with torch.no_grad(), meter, _AttentionAsOne(meter):
+            meta(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "x".join(str(s) for s in input_size)
+        raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
+    return Cost(
+        params=_num_params(meta),
+        macs=meter.total.macs,
+        bytes=meter.total.bytes,
+        sites={
+            name: SiteCost(params=_num_params(meta.get_submodule(name)), **vars(tally))
+            for name, tally in meter.sites.items()
+        },
+    )
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model whose parameters and buffers take no memory."""
+    weightless: dict[int, Any] = {}
+    for parameter in model.parameters():
+        weightless[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        weightless[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, weightless)
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _own_sites(model: nn.Module, prefix: str = "") -> list[str]:
+    """Outermost tokenconv modules; the container of a model's blocks is looked through."""
+    names: list[str] = []
+    for name, child in model._modules.items():
+        if child is None:
+            continue
+        ours = type(child).__module__.startswith("tokenconv.")
+        if ours and not isinstance(child, nn.Sequential):
+            names.append(prefix + name)
+        else:
+            names.extend(_own_sites(child, f"{prefix}{name}."))
+    return names
+
+
+# --- closed formulas: (argument shapes as called, result) -> multiply-accumulates ---
+
+
+def _matmul_macs(args: Sequence[Any], out: Tensor) -> int:
+    return out.numel() * args[-1].shape[-2]
+
+
+def _convolution_macs(args: Sequence[Any], out: Tensor) -> int:
+    weight, transposed = args[1], args[6]
+    if transposed:
+        return args[0].numel() * math.prod(weight.shape[1:])
+    return out.numel() * math.prod(weight.shape[1:])
+
+
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_aten = torch.ops.aten
+_MACS: dict[Any, Callable[[Sequence[Any], Tensor], int]] = {
+    _aten.mm: _matmul_macs,
+    _aten.bmm: _matmul_macs,
+    _aten.addmm: _matmul_macs,
+    _aten.baddbmm: _matmul_macs,
+    _aten.convolution: _convolution_macs,
+}
+_FREE = {_aten._unsafe_view, _aten.detach, _aten.empty, _aten.empty_like, _aten.new_empty}
+
+
+@dataclass
+class _Tally:
+    macs: int = 0
+    bytes: int = 0
+    calls: int = 0
+    input_shape: tuple[int, ...] = ()
+
+
+class _Meter(TorchDispatchMode):
+    """Prices every operator call of a forward pass, in total and for the sites it runs in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = _Tally()
+        self.sites: dict[str, _Tally] = {}
+        self.open: list[_Tally] = []
+        self.paused = False
+
+    def enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        tally = self.sites[name] = _Tally()
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tally.calls += 1
+            tally.input_shape = tuple(args[0].shape)
+            self.open.append(tally)
+
+        return hook
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.open.pop()
+
+    def price(self, macs: int, tensors: Sequence[Any]) -> None:
+        moved = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        for tally in (self.total, *self.open):
+            tally.macs += macs
+            tally.bytes += moved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if not (self.paused or func.is_view or packet in _FREE):
+            formula = _MACS.get(packet)
+            self.price(formula(args, out) if formula else 0, tree_leaves((args, kwargs, out)))
+        return out
+
+
+class _AttentionAsOne(TorchFunctionMode):
+    """Prices scaled dot-product attention as the one kernel it is, whatever meta does instead."""
+
+    def __init__(self, meter: _Meter):
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.meter.paused = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.meter.paused = False
+        names = ("query", "key", "value", "attn_mask")
+        query, key, value, mask = (
+            args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)
+        )
+        self.meter.price(_attention_macs(query, key, value), (query, key, value, mask, out))
+        return out

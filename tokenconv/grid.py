@@ -1,0 +1,156 @@
+"""The only place that knows token order: prefix tokens first, then the grid in row-major order.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, T frames, H rows, W columns.
+
+``(B, N, C)`` contiguous *is* channels-last memory, so folding tokens into a map and unfolding a
+map into tokens are views. einops is used for both because its views keep the true batch stride:
+``x.transpose(1, 2).view(B, C, H, W)`` gives a batch of one a stride that PyTorch does not
+recognise as channels-last, and the convolution behind it then copies.
+"""
+
+import operator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tokenconv.errors import GridError
+
+_AXES = {2: "h w", 3: "t h w"}
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Size and prefix count of a token sequence.
+
+    Args:
+        size: ``(H, W)``, or ``(T, H, W)`` for video tokens.
+        num_prefix_tokens: Tokens in front of the grid (class, distillation, registers).
+
+    Raises:
+        GridError: If a size is not a positive integer or the prefix count is negative.
+    """
+
+    size: tuple[int, ...]
+    num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if not isinstance(size, tuple | list | torch.Size) or len(size) not in _AXES:
+            raise GridError(f"expected a grid size (H, W) or (T, H, W), got {size!r}")
+        if not all(_is_count(s) and s >= 1 for s in size):
+            raise GridError(f"expected positive integers as grid size, got {tuple(size)!r}")
+        if not _is_count(self.num_prefix_tokens) or self.num_prefix_tokens < 0:
+            raise GridError(f"expected num_prefix_tokens >= 0, got {self.num_prefix_tokens!r}")
+        if not isinstance(size, tuple) or isinstance(size, torch.Size):
+            object.__setattr__(self, "size", tuple(size))
+
+    @classmethod
+    def of(cls, *grid: "int | tuple[int, ...] | TokenGrid") -> "TokenGrid":
+        """The grid that a ``forward(x, *grid)`` was given.
+
+        Args:
+            *grid: ``H, W`` (or ``T, H, W``) as integers, one tuple of them, or a ``TokenGrid``.
+
+        Raises:
+            GridError: If it is none of these.
+        """
+        if len(grid) == 1:
+            (only,) = grid
+            if isinstance(only, TokenGrid):
+                return only
+            if isinstance(only, tuple | list | torch.Size):
+                return cls(tuple(only))
+        return cls(grid)  # pyright: ignore[reportArgumentType]  # checked by __post_init__
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens on the grid, ``H*W`` or ``T*H*W``."""
+        return reduce(operator.mul, self.size)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, ``num_prefix_tokens`` plus the grid."""
+        return self.num_prefix_tokens + self.num_positions
+
+    def check(self, x: Tensor) -> None:
+        """Refuse tokens that do not fill this grid.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+
+        Raises:
+            GridError: If ``x`` is not three-dimensional or ``N`` is not ``num_tokens``.
+        """
+        if x.ndim != 3:
+            raise GridError(f"expected tokens (B, N, C), got a tensor of shape {tuple(x.shape)}")
+        if x.shape[1] != self.num_tokens:
+            raise GridError(self._mismatch(x))
+
+    def _mismatch(self, x: Tensor) -> str:
+        """What was expected, what came and what to do."""
+        num_tokens, prefix = x.shape[1], self.num_prefix_tokens
+        size = "*".join(str(s) for s in self.size)
+        surplus = num_tokens - self.num_positions
+        fits = surplus >= 0
+        return (
+            f"expected {self.num_tokens} tokens ({prefix} prefix + {size} grid), "
+            f"got {num_tokens} (shape {tuple(x.shape)}). "
+            + (
+                f"If the first {surplus} are class or register tokens, pass "
+                f"TokenGrid({self.size}, num_prefix_tokens={surplus})."
+                if fits and surplus
+                else f"If there is no prefix token, pass TokenGrid({self.size})."
+                if fits
+                else "Pass the grid that these tokens were cut from."
+            )
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def tokens_to_map(x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    """Fold tokens into a map, as a view; prefix tokens are left out.
+
+    Args:
+        x: Tokens ``(B, N, C)``.
+        *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+
+    Returns:
+        ``(B, C, H, W)``, or ``(B, C, T, H, W)``; channels-last memory when ``x`` is contiguous
+        and has no prefix tokens, or one image.
+
+    Raises:
+        GridError: If ``x`` does not fill the grid.
+    """
+    g = TokenGrid.of(*grid)
+    g.check(x)
+    axes = _AXES[len(g.size)]
+    if g.num_prefix_tokens:
+        x = x[:, g.num_prefix_tokens :]
+    lengths = dict(zip(axes.split(), g.size, strict=True))
+    return rearrange(x, f"b ({axes}) c -> b c {axes}", **lengths)
+
+
+def map_to_tokens(fmap: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """Unfold a map into tokens, as a view; inverse of ``tokens_to_map``.
+
+    Args:
+        fmap: ``(B, C, H, W)`` or ``(B, C, T, H, W)``.
+        prefix: Prefix tokens ``(B, P, C)`` to put in front, which takes a copy.
+
+    Returns:
+        Tokens ``(B, N, C)``.
+
+    Raises:
+        GridError: If ``fmap`` has another number of dimensions.
+    """
+    if fmap.ndim - 2 not in _AXES:
+        raise GridError(f"expected a map (B, C, H, W) or (B, C, T, H, W), got {tuple(fmap.shape)}")
+    axes = _AXES[fmap.ndim - 2]
+    tokens = rearrange(fmap, f"b c {axes} -> b ({axes}) c")
+    return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)

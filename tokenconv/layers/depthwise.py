@@ -1,0 +1,122 @@
+"""Depthwise convolution as a module.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenconv.grid import TokenGrid
+from tokenconv.ops import Impl, depthwise_conv
+
+
+class DWConv(nn.Module):
+    """Depthwise convolution on tokens, called as in the papers' code: ``DWConv(dim)(x, H, W)``.
+
+    Formula: ``y[p] = bias + sum_q weight[q] * x[p + q]`` on the grid, ``y = x`` on prefix tokens;
+    with ``residual`` the convolution is added to ``x``, and prefix tokens still pass unchanged.
+    Parameters: ``dim * K * K``, plus ``dim`` with bias; initialised as ``nn.Conv2d``.
+
+    ``load_state_dict`` takes the keys ``weight`` and ``bias``, and those of the classic module
+    (``dwconv.weight``, ``dwconv.bias``) as well.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd kernel side K.
+        dilation: Distance between kernel taps, in tokens.
+        bias: Learn one offset per channel.
+        residual: Return ``x + conv(x)`` instead of ``conv(x)``.
+        impl: Implementation of the op, see ``Impl``; None chooses.
+        device: As in ``nn.Conv2d``.
+        dtype: As in ``nn.Conv2d``.
+
+    Raises:
+        ValueError: If ``dim`` or ``dilation`` is not positive, or the kernel is even.
+
+    References:
+        PVT v2, https://arxiv.org/abs/2106.13797; MobileNets, https://arxiv.org/abs/1704.04861
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        residual: bool = False,
+        impl: Impl | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if dim < 1 or dilation < 1:
+            raise ValueError(f"expected dim >= 1 and dilation >= 1, got {dim=}, {dilation=}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.residual = residual
+        self.impl = impl
+        placement: Any = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, **placement))
+        self.bias = nn.Parameter(torch.empty(dim, **placement)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv2d`` does: uniform within ``1 / K``."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / self.kernel_size, 1 / self.kernel_size)
+
+    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+        """Convolve the tokens.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+
+        Returns:
+            Tokens ``(B, N, C)``.
+
+        Raises:
+            GridError: If ``x`` does not fill the grid.
+        """
+        return _convolve(
+            x, self.weight, self.bias, grid, self.dilation, self.residual, self.impl
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):
+            classic = f"{prefix}dwconv.{name}"
+            if classic in state_dict and f"{prefix}{name}" not in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(classic)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"bias={self.bias is not None}, residual={self.residual}"
+        )
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int | tuple[int, ...] | TokenGrid, ...],
+    dilation: int,
+    residual: bool,
+    impl: Impl | str | None,
+) -> Tensor:
+    """One fx node: the checks behind it cannot be traced symbolically."""
+    return depthwise_conv(
+        x, weight, bias, TokenGrid.of(*grid), dilation=dilation, residual=residual, impl=impl
+    )
+
+
+torch.fx.wrap("_convolve")

@@ -1,0 +1,96 @@
+"""Validate the call, then choose an implementation.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from torch import Tensor
+
+from tokenconv.errors import UnknownNameError
+from tokenconv.grid import TokenGrid
+from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
+from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
+
+
+class Impl(StrEnum):
+    """How to compute a depthwise convolution; a request is honoured or refused, never swapped."""
+
+    REFERENCE = "reference"
+    """Shifted multiply-adds, one per kernel tap: slow and obvious."""
+    CONV2D = "conv2d"
+    """``torch.nn.functional.conv2d`` on a view of the tokens."""
+
+
+_Implementation = Callable[[Tensor, Tensor, Tensor | None, TokenGrid, int, bool], Tensor]
+
+_IMPLEMENTATIONS: dict[Impl, _Implementation] = {
+    Impl.REFERENCE: depthwise_conv_reference,
+    Impl.CONV2D: depthwise_conv_conv2d,
+}
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: TokenGrid | tuple[int, ...],
+    *,
+    dilation: int = 1,
+    residual: bool = False,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """Convolve every channel over the token grid with its own kernel.
+
+    Prefix tokens (class, registers) pass through unchanged. The grid is zero-padded and keeps its
+    size. On a ``(T, H, W)`` grid each frame is convolved by itself. Equals
+    ``F.conv2d(map, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)`` on
+    the folded grid.
+
+    Args:
+        x: Tokens ``(B, N, C)``, prefix tokens first, then the grid in row-major order.
+        weight: One odd-sided kernel per channel, ``(C, 1, K, K)``.
+        bias: ``(C,)`` or None.
+        grid: Size and prefix count of ``x``; a plain size means no prefix tokens.
+        dilation: Distance between kernel taps, in tokens.
+        residual: Add the convolution to ``x`` on the grid; prefix tokens still pass unchanged.
+        impl: How to compute it; None chooses.
+
+    Returns:
+        Tokens ``(B, N, C)`` in the order of ``x``.
+
+    Raises:
+        GridError: If ``x`` does not hold ``grid.num_tokens`` tokens.
+        ValueError: If weight, bias or dilation do not fit, or ``impl`` is unknown.
+
+    References:
+        MobileNets, section 3.1, https://arxiv.org/abs/1704.04861
+    """
+    grid = TokenGrid.of(grid)
+    grid.check(x)
+    _check_kernel(x, weight, bias, dilation)
+    return _IMPLEMENTATIONS[_choose(impl)](x, weight, bias, grid, dilation, residual)
+
+
+def _choose(impl: Impl | str | None) -> Impl:
+    if impl is None:
+        return Impl.CONV2D
+    if impl not in set(Impl):
+        raise UnknownNameError("impl", str(impl), list(Impl))
+    return Impl(impl)
+
+
+def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+    dim = x.shape[-1]
+    if weight.ndim != 4 or weight.shape[:2] != (dim, 1) or weight.shape[2] != weight.shape[3]:
+        raise ValueError(
+            f"expected a depthwise weight ({dim}, 1, K, K) for {dim} channels, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.shape[-1] % 2 == 0:
+        raise ValueError(f"expected an odd kernel side, got {weight.shape[-1]}")
+    if bias is not None and bias.shape != (dim,):
+        raise ValueError(f"expected a bias ({dim},), got {tuple(bias.shape)}")
+    if dilation < 1:
+        raise ValueError(f"expected dilation >= 1, got {dilation}")
