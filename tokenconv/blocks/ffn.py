@@ -58,7 +58,9 @@ class MixFFN(nn.Module):
         super().__init__()
         hidden_dim = int(dim * mlp_ratio)
         if dim < 1 or hidden_dim < 1:
-            raise ValueError(f"expected dim and int(dim * mlp_ratio) >= 1, got {dim=}, {mlp_ratio=}")
+            raise ValueError(
+                f"expected dim and int(dim * mlp_ratio) >= 1, got {dim=}, {mlp_ratio=}"
+            )
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.relu = nn.ReLU() if linear else nn.Identity()
         self.dwconv = DWConv(hidden_dim, kernel_size, dilation=dilation, impl=impl)

@@ -86,18 +86,19 @@ class DWConv(nn.Module):
         Raises:
             GridError: If ``x`` does not fill the grid.
         """
-        return _convolve(
-            x, self.weight, self.bias, grid, self.dilation, self.residual, self.impl
-        )
+        return _convolve(x, self.weight, self.bias, grid, self.dilation, self.residual, self.impl)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         for name in ("weight", "bias"):
             classic = f"{prefix}dwconv.{name}"
             if classic in state_dict and f"{prefix}{name}" not in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict.pop(classic)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """What ``print`` shows."""
         return (
             f"{self.dim}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
             f"bias={self.bias is not None}, residual={self.residual}"

@@ -14,6 +14,7 @@ checkpointed regions must not have side effects.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,11 +176,11 @@ class CaptureSequential(nn.Sequential):
         blocks = list(self._modules.items())[index]
         if not isinstance(index, slice):
             return blocks[1]
-        part = nn.Sequential(dict(blocks))  # pyright: ignore
+        part = nn.Sequential(OrderedDict(blocks))
         CaptureSequential.capture(part, self._binding)
         return part
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Run the blocks in order."""
         for block in self._bound():
             input = block(input)

@@ -68,9 +68,7 @@ def edit_for(site: Site, block: str, kwargs: dict[str, Any]) -> Edit:
                 f"take kernel_size >= {own_side}"
             )
         exact = added.dilation == site.conv.dilation[0]
-    return Edit(
-        name=site.name, block=block, kwargs=kwargs, mode=mode, dim=site.dim, exact=exact
-    )
+    return Edit(name=site.name, block=block, kwargs=kwargs, mode=mode, dim=site.dim, exact=exact)
 
 
 @dataclass

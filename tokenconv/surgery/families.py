@@ -72,6 +72,7 @@ def _vit_sites(model: nn.Module) -> Iterator[Site]:
                 f"blocks.{i} ({type(block).__name__}) has no plain timm Mlp but "
                 f"{type(mlp).__name__}; tokenconv cannot put a convolution inside it"
             )
+        assert isinstance(mlp.fc1, nn.Linear)
         if next(mlp.act.parameters(), None) is not None:
             raise SurgeryError(
                 f"blocks.{i}.mlp.act ({type(mlp.act).__name__}) has parameters, whose checkpoint "
@@ -99,12 +100,10 @@ def _vit_grid_source(model: nn.Module) -> GridSource:
 
 def _pvt_v2_sites(model: nn.Module) -> Iterator[Site]:
     assert isinstance(model, PyramidVisionTransformerV2)
-    mlps = (name for name, m in model.named_modules() if isinstance(m, MlpWithDepthwiseConv))
-    for i, name in enumerate(mlps):
-        conv = model.get_submodule(f"{name}.dwconv")
-        dim = model.get_submodule(f"{name}.fc1").out_features
-        own = conv if isinstance(conv, nn.Conv2d) else None
-        yield Site(name=f"{name}.dwconv", block=i, dim=int(dim), conv=own)
+    mlps = [(name, m) for name, m in model.named_modules() if isinstance(m, MlpWithDepthwiseConv)]
+    for i, (name, mlp) in enumerate(mlps):
+        own = mlp.dwconv if isinstance(mlp.dwconv, nn.Conv2d) else None
+        yield Site(name=f"{name}.dwconv", block=i, dim=mlp.fc1.out_features, conv=own)
 
 
 FAMILIES = (

@@ -21,7 +21,7 @@ class Replacement(nn.Module):
 
     def release(self) -> nn.Module:
         """The module that stood here before, with its parameters as they are now."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def reset_parameters(self) -> None:
         """Make the added modules do nothing again."""
@@ -51,6 +51,7 @@ class ConvAct(Replacement):
         return self.act(self.conv(x, self.binding.grid(x)))
 
     def release(self) -> nn.Module:
+        """The activation."""
         return self.act
 
 
@@ -84,6 +85,7 @@ class MergedConv(Replacement):
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
     def release(self) -> nn.Module:
+        """The convolution, without what was added to it."""
         conv = self.original.module
         conv.weight, conv.bias = self.weight, self.bias
         return conv.train(self.training)
@@ -101,18 +103,21 @@ class RemovedConv(Replacement):
         return x
 
     def release(self) -> nn.Module:
+        """The convolution that was taken out."""
         return self.original.module.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self.original.module._apply(fn)
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         names = [name for name in state_dict if name.startswith(prefix)]
         waiting = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
         if waiting:
             self.original.module.load_state_dict(waiting)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _Unregistered:

@@ -1,0 +1,110 @@
+"""The commands, each a thin layer over one function."""
+
+import argparse
+import copy
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenconv.blocks import BLOCKS, list_blocks
+from tokenconv.cli.inputs import build_model, image_size, load_images
+from tokenconv.errors import MeasurementError, SurgeryError
+from tokenconv.profiling import compare, report_folder, write_report
+from tokenconv.surgery import insert_, plan
+
+
+def run_list(args: argparse.Namespace) -> None:
+    """Print a line per block."""
+    for name in list_blocks(args.pattern):
+        info = BLOCKS[name]
+        print(f"{name}  {info.group}  prefix tokens: {info.prefix_policy}  {info.paper}")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Print what inserting a block would change."""
+    model = build_model(args.model, image_size(args.img_size))
+    print(plan(model, args.block, **_block_kwargs(args.block, args.kernel_size)))
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Measure a model with blocks against the same model without, and write the report."""
+    device = _device(args.device)
+    img_size = image_size(args.img_size)
+    with report_folder(args.out) as folder:
+        model = build_model(args.model, img_size, pretrained=args.pretrained)
+        arms, reference = build_arms(model, args.block, args.kernel_size)
+        dtype = getattr(torch, args.dtype)
+        arms = {name: arm.to(device, dtype) for name, arm in arms.items()}
+        images = load_images(model, args.images, img_size, args.batch_size)
+        comparison = compare(
+            arms,
+            images.to(device, dtype),
+            mode=args.mode,
+            reference=reference,
+            repeats=args.repeats,
+            compiled=args.compile,
+            trace_dir=folder / "traces" if args.trace else None,
+            progress=True,
+        )
+        command = shlex.join(["tokenconv", *args.words])
+        weights = "pretrained" if args.pretrained else "random"
+        about = {"model": args.model, "weights": weights, "command": command}
+        write_report(comparison, folder, about=about)
+    print(comparison)
+    print(f"\nreport: {args.out / 'report.md'}, {args.out / 'compare.png'}")
+    print(f"figures: {args.out / 'compare.json'}")
+    if args.trace:
+        print(f"traces: tensorboard --logdir {args.out / 'traces'}, or https://ui.perfetto.dev")
+
+
+def build_arms(
+    model: nn.Module, blocks: list[str], kernel_size: int
+) -> tuple[dict[str, nn.Module], str]:
+    """The models to compare, all from the same weights; the first is the baseline.
+
+    A model that has a convolution in its MLPs is compared without it as well: ``attention_only``
+    is then the baseline, and ``original`` the model as timm has it.
+
+    Returns:
+        The arms by name, and the name of the arm that is the model as timm has it.
+    """
+    arms: dict[str, nn.Module] = {}
+    reference = "baseline"
+    try:
+        arms["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
+        reference = "original"
+    except SurgeryError:
+        pass
+    arms[reference] = model
+    for block in dict.fromkeys(blocks):
+        if block != "none":
+            arms[block] = insert_(copy.deepcopy(model), block, kernel_size=kernel_size)
+    return arms, reference
+
+
+def _block_kwargs(block: str, kernel_size: int) -> dict[str, Any]:
+    return {} if block == "none" else {"kernel_size": kernel_size}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MeasurementError(f"unknown device {name!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise MeasurementError(f"{name} was asked for, but {count} CUDA devices are available")
+    elif device.type != "cpu":
+        raise MeasurementError(f"cannot measure on {name!r}; expected cpu, cuda or cuda:N")
+    return device
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "compare": run_compare,
+    "list": run_list,
+    "plan": run_plan,
+}

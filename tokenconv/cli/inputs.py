@@ -1,0 +1,104 @@
+"""What the commands work on: timm models by name, and photographs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from tokenconv.errors import MeasurementError, UnknownNameError
+
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+
+
+def build_model(
+    name: str, img_size: tuple[int, int] | None = None, *, pretrained: bool = False
+) -> nn.Module:
+    """Make a timm model for an image size.
+
+    Raises:
+        UnknownNameError: If timm has no such model.
+        MeasurementError: If it cannot be built for this size, or its weights cannot be loaded.
+    """
+    if not timm.is_model(name):
+        raise UnknownNameError("model", name, timm.list_models())
+    config = timm.get_pretrained_cfg(name)
+    kwargs: dict[str, Any] = {}
+    if img_size and config is not None and config.fixed_input_size:
+        kwargs["img_size"] = img_size
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:  # timm and the hub raise whatever went wrong below them
+        size = f" for images of {img_size[0]}x{img_size[1]}" if img_size else ""
+        weights = " with pretrained weights" if pretrained else ""
+        raise MeasurementError(f"cannot build {name}{weights}{size}: {error}") from error
+
+
+def load_images(
+    model: nn.Module, directory: Path | None, img_size: tuple[int, int] | None, batch_size: int
+) -> Tensor:
+    """A batch of photographs, through the model's own timm transform.
+
+    Args:
+        model: Says what input it expects.
+        directory: Photographs, taken in order of name and repeated to fill the batch; None takes
+            the two that ship with scikit-learn.
+        img_size: ``(H, W)``; None takes the model's own.
+        batch_size: How many.
+
+    Returns:
+        ``(B, C, H, W)``, float32.
+
+    Raises:
+        MeasurementError: If there are no photographs, or one cannot be read.
+    """
+    config = resolve_model_data_config(model)
+    if img_size:
+        config["input_size"] = (config["input_size"][0], *img_size)
+    transform: Any = create_transform(**config, is_training=False)
+    photographs = _sample_photographs() if directory is None else _read(directory, batch_size)
+    batch = [transform(photographs[i % len(photographs)]) for i in range(batch_size)]
+    return torch.stack(batch)
+
+
+def _sample_photographs() -> list[Image.Image]:
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise MeasurementError(
+            "the default photographs ship with scikit-learn, which is not installed; "
+            "pip install 'tokenconv[demo]', or pass --images DIR"
+        ) from error
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def _read(directory: Path, most: int) -> list[Image.Image]:
+    if not directory.is_dir():
+        raise MeasurementError(f"--images {directory} is not a folder")
+    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES)[:most]
+    if not paths:
+        endings = ", ".join(sorted(_SUFFIXES))
+        raise MeasurementError(f"--images {directory} holds no photographs ({endings})")
+    return [_open(path) for path in paths]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise MeasurementError(f"cannot read the image {path}: {error}") from error
+
+
+def image_size(numbers: Sequence[int] | None) -> tuple[int, int] | None:
+    """What ``--img-size`` means: a square, or height and width."""
+    if numbers is None:
+        return None
+    if len(numbers) > 2:
+        raise MeasurementError(f"--img-size takes H or H W, got {len(numbers)} numbers")
+    return numbers[0], numbers[-1]

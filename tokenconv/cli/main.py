@@ -1,0 +1,91 @@
+"""The parser, and what happens to errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenconv.errors import TokenConvError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Words after ``tokenconv``; None takes those of the process.
+
+    Returns:
+        Exit status: 0 done, 1 failed with one clear line on standard error. Wrong usage leaves
+        through ``argparse`` with 2.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(words, argparse.Namespace(words=words))
+    from tokenconv.cli import commands  # imports torch and timm: not for --help
+
+    try:
+        commands.COMMANDS[args.command](args)
+    except (TokenConvError, ValueError) as error:
+        message = " ".join(str(error).split())
+        print(f"tokenconv: error: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tokenconv: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokenconv", description="Convolution on tokens inside live timm models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    listing = commands.add_parser("list", help="list the blocks")
+    listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
+
+    planning = commands.add_parser("plan", help="show what inserting a block would change")
+    planning.add_argument("model", metavar="MODEL", help="name of a timm model")
+    planning.add_argument("--block", required=True, metavar="NAME")
+    _add_block_options(planning)
+
+    comparing = commands.add_parser(
+        "compare",
+        help="measure a model with blocks against the same model without",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    comparing.add_argument("model", metavar="MODEL", help="name of a timm model")
+    comparing.add_argument(
+        "--block", action="append", required=True, metavar="NAME", help="repeat for several arms"
+    )
+    _add_block_options(comparing)
+    comparing.add_argument("--out", type=Path, default=Path("tokenconv-report"), metavar="DIR")
+    comparing.add_argument("--trace", action="store_true", help="keep profiler traces in DIR")
+    comparing.add_argument("--pretrained", action="store_true", help="load pretrained weights")
+    comparing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    comparing.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
+    )
+    comparing.add_argument("--batch-size", type=_positive, default=4)
+    comparing.add_argument("--repeats", type=_positive, default=20, help="rounds that count")
+    comparing.add_argument("--mode", default="both", choices=("infer", "train", "both"))
+    comparing.add_argument("--compile", action="store_true", help="use torch.compile in every arm")
+    comparing.add_argument(
+        "--images", type=Path, metavar="DIR", help="photographs; None takes scikit-learn's two"
+    )
+    return parser
+
+
+def _add_block_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernel-size", type=_positive, default=3)
+    parser.add_argument(
+        "--img-size", type=_positive, nargs="+", metavar="H [W]", help="None takes the model's own"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value

@@ -1,0 +1,293 @@
+"""Compare modules: latency, memory, parameters, MACs and where the time goes, in one paired run."""
+
+import copy
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from tokenconv.costs import cost, meta_copy
+from tokenconv.errors import MeasurementError, UnknownNameError
+from tokenconv.profiling.measurement import MIB, Mode, Spread, Step, time_interleaved
+from tokenconv.profiling.traces import profile_step
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("tokenconv", "torch", "timm", "einops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One arm in one mode."""
+
+    latency_ms: Spread
+    """Of one batch."""
+    images_per_s: float
+    peak_memory_mib: float
+    """What is held between steps plus the peak of what a step allocates."""
+    time_share: dict[str, float]
+    """Share of the time by category; adds up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the compared modules."""
+
+    name: str
+    params: int
+    macs: int
+    """Multiply-accumulates for one image, by closed formulas."""
+    macs_by_flop_counter: int
+    """The same by PyTorch's ``FlopCounterMode``, as a cross-check."""
+    bytes: int
+    """Eager traffic for one image."""
+    max_abs_diff_at_insertion: float
+    """Largest difference of the output from that of the reference arm."""
+    modes: dict[Mode, Measured]
+    ratios: dict[str, Any]
+    """This arm over the baseline: ``params``, ``macs``, and per mode ``latency`` (median and IQR
+    of the ratios round by round) and ``peak_memory``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of ``compare``."""
+
+    baseline: str
+    reference: str
+    batch_size: int
+    input_size: tuple[int, ...]
+    """``(C, H, W)`` of one image."""
+    repeats: int
+    compiled: bool
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    memory_source: str
+    """Who counted the memory."""
+    date: str
+    arms: tuple[Arm, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def __str__(self) -> str:
+        rows = table(self)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+_HEADER = (
+    "mode", "arm", "params", "MACs", "latency ms (IQR)", "vs baseline (IQR)", "images/s",
+    "peak MiB", "diff at insertion",
+)  # fmt: skip
+
+
+def table(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Header and rows of the result, as text."""
+    modes = list(comparison.arms[0].modes)
+    rows = [_row(arm, mode, comparison) for mode in modes for arm in comparison.arms]
+    return [_HEADER, *rows]
+
+
+def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
+    measured, ratio = arm.modes[mode], arm.ratios[mode]["latency"]
+    is_baseline = arm.name == comparison.baseline
+    return (
+        mode,
+        arm.name,
+        f"{arm.params / 1e6:.3f} M",
+        f"{arm.macs / 1e9:.3f} G",
+        f"{measured.latency_ms.median:.1f} ({measured.latency_ms.iqr:.1f})",
+        "baseline" if is_baseline else f"{ratio['median']:.3f}x ({ratio['iqr']:.3f})",
+        f"{measured.images_per_s:.1f}",
+        f"{measured.peak_memory_mib:.1f}",
+        f"{arm.max_abs_diff_at_insertion:.1e}" if arm.max_abs_diff_at_insertion else "0",
+    )
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    *,
+    mode: Literal["infer", "train", "both"] = "both",
+    baseline: str | None = None,
+    reference: str | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+    compiled: bool = False,
+    trace_dir: Path | str | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Measure modules side by side: one run, same images, arms in turn and in random order.
+
+    The models are copied, so that training steps leave yours alone.
+
+    Args:
+        models: What to compare, by name; all on the device and in the dtype of ``images``.
+        images: ``(B, C, H, W)``.
+        mode: ``infer``, ``train`` (forward, backward and AdamW), or ``both``.
+        baseline: The arm that ratios refer to; None takes the first.
+        reference: The arm that outputs are compared with; None takes the baseline.
+        repeats: Rounds that count.
+        warmup: Rounds before them that do not.
+        compiled: Run every arm through ``torch.compile``.
+        trace_dir: Keep profiler traces here, in a folder per arm; None keeps none.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        The comparison; print it for a table, or keep it with ``to_dict``.
+
+    Raises:
+        MeasurementError: If a model refuses the images, or its outputs have another shape or are
+            not finite.
+        UnknownNameError: If ``baseline`` or ``reference`` is no arm.
+        ValueError: If there is no model, or ``repeats`` is not positive.
+    """
+    if not models or repeats < 1 or warmup < 0:
+        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
+    baseline = baseline or next(iter(models))
+    reference = reference or baseline
+    for name in (baseline, reference):
+        if name not in models:
+            raise UnknownNameError("arm", name, models)
+    modes: list[Mode] = ["infer", "train"] if mode == "both" else [mode]
+    copies = {name: copy.deepcopy(model) for name, model in models.items()}
+    differences = _differences(copies, images, reference)
+    input_size = tuple(images.shape[1:])
+    costs = {name: cost(model, input_size) for name, model in copies.items()}
+    folders = {name: Path(trace_dir) / name if trace_dir else None for name in copies}
+
+    total = len(modes) * len(copies) * (warmup + repeats + 1)
+    samples: dict[Mode, dict[str, list[float]]] = {}
+    measured: dict[str, dict[Mode, Measured]] = {name: {} for name in copies}
+    with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
+        for current in modes:
+            steps = {
+                name: Step(model, images, current, compiled=compiled)
+                for name, model in copies.items()
+            }
+            bar.set_postfix_str(current)
+            samples[current] = time_interleaved(
+                steps, repeats=repeats, warmup=warmup, device=images.device, tick=bar.update
+            )
+            for name, step in steps.items():
+                profiled = profile_step(step, images.device, folders[name])
+                latency = Spread.of(samples[current][name])
+                measured[name][current] = Measured(
+                    latency_ms=latency,
+                    images_per_s=1e3 * len(images) / latency.median,
+                    peak_memory_mib=(step.resident_bytes() + profiled.transient_bytes) / MIB,
+                    time_share=profiled.time_share,
+                )
+                bar.update()
+
+    def ratios(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "params": costs[name].params / costs[baseline].params,
+            "macs": costs[name].macs / costs[baseline].macs,
+        }
+        for current in modes:
+            own, base = samples[current][name], samples[current][baseline]
+            paired = [a / b for a, b in zip(own, base, strict=True)]
+            memory = [measured[n][current].peak_memory_mib for n in (name, baseline)]
+            found[current] = {
+                "latency": asdict(Spread.of(paired)),
+                "peak_memory": memory[0] / memory[1],
+            }
+        return found
+
+    return Comparison(
+        baseline=baseline,
+        reference=reference,
+        batch_size=len(images),
+        input_size=input_size,
+        repeats=repeats,
+        compiled=compiled,
+        device=_device_name(images.device),
+        dtype=str(images.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions={"python": platform.python_version(), **_versions()},
+        memory_source=(
+            "CUDA allocator" if images.device.type == "cuda" else "memory events of the profiler"
+        ),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        arms=tuple(
+            Arm(
+                name=name,
+                params=costs[name].params,
+                macs=costs[name].macs,
+                macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
+                bytes=costs[name].bytes,
+                max_abs_diff_at_insertion=differences[name],
+                modes=measured[name],
+                ratios=ratios(name),
+            )
+            for name, model in copies.items()
+        ),
+    )
+
+
+def _differences(
+    models: Mapping[str, nn.Module], images: Tensor, reference: str
+) -> dict[str, float]:
+    """Largest absolute difference of each model's output from the reference's."""
+    outputs: dict[str, Tensor] = {}
+    for name, model in models.items():
+        try:
+            with torch.inference_mode():
+                outputs[name] = model.eval()(images)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            shape = "x".join(str(s) for s in images.shape)
+            raise MeasurementError(f"{name} refuses images of {shape}: {error}") from error
+        if not bool(outputs[name].isfinite().all()):
+            raise MeasurementError(f"the output of {name} is not finite; its figures mean nothing")
+    expected = outputs[reference]
+    for name, output in outputs.items():
+        if output.shape != expected.shape:
+            raise MeasurementError(
+                f"outputs differ in shape: {reference} gives {tuple(expected.shape)}, "
+                f"{name} {tuple(output.shape)}"
+            )
+    return {name: float((output - expected).abs().max()) for name, output in outputs.items()}
+
+
+def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """PyTorch's own count on the forward pass, half its FLOPs."""
+    meta = meta_copy(model).eval()
+    dtype = next(p.dtype for p in meta.parameters())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,63 @@
+"""The files of a comparison: written whole, or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenconv.errors import MeasurementError
+from tokenconv.profiling.comparison import Comparison
+from tokenconv.profiling.report.figure import write_figure
+from tokenconv.profiling.report.markdown import to_markdown
+
+__all__ = ["report_folder", "write_report"]
+
+
+@contextmanager
+def report_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into; what is in it appears in ``out`` only if nothing failed.
+
+    Args:
+        out: Made if missing. Files of the same names in it are replaced, others are left.
+
+    Raises:
+        MeasurementError: If ``out`` cannot be written, before anything else is done.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+            raise PermissionError("it is there and is no folder that can be written")
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise MeasurementError(f"cannot write a report to {out}: {error}") from error
+    try:
+        yield staging
+        out.mkdir(exist_ok=True)
+        for made in staging.iterdir():
+            target = out / made.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            made.replace(target)
+    except OSError as error:
+        raise MeasurementError(f"cannot write a report to {out}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_report(comparison: Comparison, folder: Path, *, about: dict[str, Any]) -> None:
+    """Write ``compare.json``, ``report.md`` and ``compare.png``.
+
+    Args:
+        comparison: What was measured.
+        folder: Exists already, see ``report_folder``.
+        about: What the comparison does not know itself, such as ``model`` and ``command``; goes
+            into the JSON as it is, and into the report as a list.
+    """
+    content = {**comparison.to_dict(), **about}
+    (folder / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "report.md").write_text(to_markdown(comparison, about))
+    write_figure(comparison, str(about.get("model", "comparison")), folder / "compare.png")
