@@ -12,7 +12,7 @@ from torch import nn
 from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import MeasurementError, SurgeryError
-from tokenconv.profiling import compare, report_folder, write_report
+from tokenconv.profiling import compare, report_folder, steady_allocator, write_report
 from tokenconv.surgery import insert_, plan
 
 
@@ -32,6 +32,7 @@ def run_plan(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     """Measure a model with blocks against the same model without, and write the report."""
     device = _device(args.device)
+    allocator = steady_allocator()
     img_size = image_size(args.img_size)
     with report_folder(args.out) as folder:
         model = build_model(args.model, img_size, pretrained=args.pretrained)
@@ -51,7 +52,12 @@ def run_compare(args: argparse.Namespace) -> None:
         )
         command = shlex.join(["tokenconv", *args.words])
         weights = "pretrained" if args.pretrained else "random"
-        about = {"model": args.model, "weights": weights, "command": command}
+        about = {
+            "model": args.model,
+            "weights": weights,
+            "command": command,
+            "allocator": allocator,
+        }
         write_report(comparison, folder, about=about)
     print(comparison)
     print(f"\nreport: {args.out / 'report.md'}, {args.out / 'compare.png'}")

@@ -1,7 +1,7 @@
 """Measures any modules against each other, side by side in one run."""
 
 from tokenconv.profiling.comparison import Arm, Comparison, Measured, compare
-from tokenconv.profiling.measurement import Spread
+from tokenconv.profiling.measurement import Spread, steady_allocator
 from tokenconv.profiling.report import report_folder, write_report
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "Spread",
     "compare",
     "report_folder",
+    "steady_allocator",
     "write_report",
 ]

@@ -1,5 +1,7 @@
 """What is timed and how: one step of work per arm, arms in turn, in random order."""
 
+import ctypes
+import platform
 import random
 import statistics
 import time
@@ -76,6 +78,25 @@ class Step:
             for state in self.optimizer.state.values():
                 held += [value for value in state.values() if isinstance(value, Tensor)]
         return sum(t.numel() * t.element_size() for t in held)
+
+
+def steady_allocator() -> str:
+    """Let this process keep the memory it frees, as jemalloc and tcmalloc do.
+
+    By default glibc hands large blocks back to the system at once, and whichever operator touches
+    fresh pages next pays for them: on a CPU this moves latencies by tens of percent and blames the
+    wrong operators. It concerns the whole process and cannot be undone, so the command line calls
+    it and ``compare`` does not.
+
+    Returns:
+        What was done, for the report.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "as the system has it"
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    done = libc.mallopt(m_trim_threshold, 2**31 - 1) and libc.mallopt(m_mmap_max, 0)
+    return "glibc, keeps freed memory" if done else "glibc, as it comes"
 
 
 def synchronize(device: torch.device) -> None:

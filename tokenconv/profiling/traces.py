@@ -24,7 +24,7 @@ from torch.profiler import (
 from tokenconv.profiling.measurement import Step, synchronize
 
 _PREFIX = "tokenconv: "
-_PROFILED_STEPS = 2
+_WARMUP_STEPS, _PROFILED_STEPS = 3, 2
 
 
 class Category(StrEnum):
@@ -76,11 +76,11 @@ def profile_step(step: Step, device: torch.device, trace_dir: Path | None = None
                 activities=activities,
                 record_shapes=True,
                 profile_memory=True,
-                schedule=schedule(wait=0, warmup=1, active=_PROFILED_STEPS, repeat=1),
+                schedule=schedule(wait=0, warmup=_WARMUP_STEPS, active=_PROFILED_STEPS, repeat=1),
                 on_trace_ready=handler,
             ) as run,
         ):
-            for _ in range(1 + _PROFILED_STEPS):
+            for _ in range(_WARMUP_STEPS + _PROFILED_STEPS):
                 step()
                 step.release_gradients()
                 synchronize(device)

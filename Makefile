@@ -1,0 +1,47 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+# Both make .venv when it is missing, and reuse it while pyproject.toml has not changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint benchmark clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
+	$(BIN)/tokenconv compare pvt_v2_b0 --block mix_ffn --trace --out tokenconv-report/pvt_v2_b0
+	@echo
+	@echo "Reports are in tokenconv-report/. Traces of both: $(BIN)/tensorboard --logdir tokenconv-report"
+
+test: lint
+	$(BIN)/pytest -m "not slow" --durations=15
+
+test-all: lint
+	$(BIN)/pytest --durations=25
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/token_conv.py
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tokenconv needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "setting up $(VENV): PyTorch and all that is needed, some minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+clean:
+	rm -rf $(VENV) tokenconv-report
