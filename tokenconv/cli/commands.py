@@ -83,7 +83,8 @@ def build_arms(
         arms["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
         reference = "original"
     except SurgeryError:
-        pass
+        if "none" in blocks:
+            raise
     arms[reference] = model
     for block in dict.fromkeys(blocks):
         if block != "none":

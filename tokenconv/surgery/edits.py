@@ -59,8 +59,7 @@ def edit_for(site: Site, block: str, kwargs: dict[str, Any]) -> Edit:
         mode, exact = "inside", True
     else:
         mode = "merge"
-        with torch.device("meta"):
-            added = _build(site.name, block, mode, site.dim, kwargs)
+        added = _build(site.name, block, mode, site.dim, kwargs)
         own_side = site.conv.kernel_size[0]
         if not isinstance(added, DWConv) or added.kernel_size < own_side:
             raise SurgeryError(
@@ -124,8 +123,8 @@ def _replacement(model: nn.Module, edit: Edit, binding: GridBinding | None) -> R
         assert isinstance(own, nn.Conv2d)
         return RemovedConv(own).train(model.training)
     like = next(mlp.parameters())
-    with like.device:
-        added = _build(edit.name, edit.block, edit.mode, edit.dim, edit.kwargs).to(like.dtype)
+    added = _build(edit.name, edit.block, edit.mode, edit.dim, edit.kwargs)
+    added = added.to(like.dtype).to_empty(device=like.device)
     if edit.mode == "merge":
         assert isinstance(own, nn.Conv2d)
         assert isinstance(added, DWConv)
@@ -135,11 +134,13 @@ def _replacement(model: nn.Module, edit: Edit, binding: GridBinding | None) -> R
 
 
 def _build(name: str, block: str, mode: str, dim: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A fragment without values, so that no random numbers are drawn."""
     factories = block_info(block).sites
     if mode not in factories:
         raise SurgeryError(f"{block} has no form that fits {name}, which takes {mode!r}")
     try:
-        return factories[mode](dim, **kwargs)
+        with torch.device("meta"):
+            return factories[mode](dim, **kwargs)
     except TypeError as error:
         raise SurgeryError(f"{block} at {name} does not take these arguments: {error}") from error
 
@@ -157,6 +158,6 @@ def _accept_plain_checkpoint(model: nn.Module, incompatible_keys: Any) -> None:
         for key in module.get_submodule(module.fragment).state_dict()
     }
     missing = incompatible_keys.missing_keys
-    absent = [key for key in missing if any(key.endswith(name) for name in inserted)]
+    absent = [key for key in missing if any(f".{key}".endswith(f".{name}") for name in inserted)]
     if len(absent) == len(inserted):
         missing[:] = [key for key in missing if key not in absent]

@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenconv.errors import SurgeryError
 from tokenconv.surgery.edits import carry_out, take_back
-from tokenconv.surgery.plans import Plan, check_untouched, plan, rehearse
+from tokenconv.surgery.plans import Plan, check_fits, check_untouched, plan, rehearse
 
 
 def insert_(
@@ -37,10 +37,7 @@ def insert_(
         if plan_kwargs:
             raise SurgeryError(f"a plan is complete: cannot add {', '.join(plan_kwargs)} to it")
         check_untouched(model)
-        if type(model).__name__ != block.model_class:
-            raise SurgeryError(
-                f"the plan was made for a {block.model_class}, got a {type(model).__name__}"
-            )
+        check_fits(model, block)
         rehearse(model, block)
     if not (block.exact or block.allow_change or allow_change):
         changed = next(edit for edit in block.edits if not edit.exact)

@@ -98,6 +98,24 @@ def plan(
     return rehearse(model, draft)
 
 
+def check_fits(model: nn.Module, made: Plan) -> None:
+    """Refuse a plan that was made for a model of another shape."""
+    if type(model).__name__ != made.model_class:
+        raise SurgeryError(
+            f"the plan was made for a {made.model_class}, got a {type(model).__name__}"
+        )
+    sites = {site.name: site for site in family_of(model).sites(model)}
+    for edit in made.edits:
+        if (site := sites.get(edit.name)) is None:
+            raise SurgeryError(f"the plan changes {edit.name}, which this model does not have")
+        fitting = edit_for(site, edit.block, edit.kwargs)
+        if (fitting.dim, fitting.mode, fitting.exact) != (edit.dim, edit.mode, edit.exact):
+            raise SurgeryError(
+                f"the plan expects {edit.mode} at {edit.name} with {edit.dim} channels, this model "
+                f"takes {fitting.mode} with {fitting.dim}"
+            )
+
+
 def rehearse(model: nn.Module, draft: Plan) -> Plan:
     """Carry a plan out on a weightless copy of the model.
 

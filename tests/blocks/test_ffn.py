@@ -1,0 +1,96 @@
+import pytest
+import torch
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from torch import nn
+from transformers import SegformerConfig
+from transformers.models.segformer.modeling_segformer import SegformerMixMLP
+
+import tokenconv as tc
+
+
+def randomize_(module):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            draw = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+            parameter.copy_(0.3 * draw)
+
+
+def assert_same(ours, theirs, call_theirs, rows, cols):
+    """Outputs and all gradients agree, on one input."""
+    x = torch.randn(
+        2, rows * cols, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    results = []
+    for module, call in ((ours, lambda x: ours(x, rows, cols)), (theirs, call_theirs)):
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        inputs = [leaf, *module.parameters()]
+        grads = torch.autograd.grad(out.sin().sum(), inputs)
+        results.append([out, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 9), (8, 3)])
+def test_mix_ffn_matches_timm(linear, rows, cols):
+    theirs = MlpWithDepthwiseConv(10, 30, extra_relu=linear, dtype=torch.float64)
+    randomize_(theirs)
+    ours = tc.create_block("mix_ffn", dim=10, mlp_ratio=3, linear=linear).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same(ours, theirs, lambda x: theirs(x, [rows, cols]), rows, cols)
+
+
+def test_mix_ffn_matches_transformers_segformer():
+    config = SegformerConfig(hidden_dropout_prob=0.0)
+    theirs = SegformerMixMLP(config, in_features=10, hidden_features=40).double()
+    randomize_(theirs)
+    ours = tc.MixFFN(10).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)  # has the official dwconv.dwconv
+    assert_same(ours, theirs, lambda x: theirs(x, 5, 7), 5, 7)
+
+
+def test_prefix_tokens_skip_the_convolution_and_take_the_rest():
+    block = tc.MixFFN(10)
+    x = torch.randn(2, 3 + 15, 10)
+    out = block(x, tc.TokenGrid((3, 5), num_prefix_tokens=3))
+    plain = block.fc2(block.act(block.fc1(x[:, :3])))
+    torch.testing.assert_close(out[:, :3], plain)
+    torch.testing.assert_close(out[:, 3:], block(x[:, 3:], 3, 5))
+
+
+@pytest.mark.parametrize(("ratio", "kernel_size"), [(4, 3), (8, 5), (2.5, 7)])
+def test_parameter_count_is_the_stated_formula(ratio, kernel_size):
+    dim = 10
+    block = tc.MixFFN(dim, mlp_ratio=ratio, kernel_size=kernel_size)
+    h = int(dim * ratio)
+    expected = 2 * dim * h + h + dim + (kernel_size**2 + 1) * h
+    assert sum(p.numel() for p in block.parameters()) == expected
+
+
+def test_starts_as_the_papers_code_does():
+    torch.manual_seed(0)
+    block = tc.MixFFN(64, mlp_ratio=16)
+    assert block.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
+    assert block.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not block.fc1.bias.any()
+    assert not block.fc2.bias.any()
+    assert not block.dwconv.bias.any()
+
+
+def test_dropout_acts_in_training_only():
+    block = tc.MixFFN(10, drop=0.5)
+    x = torch.randn(2, 15, 10)
+    assert torch.equal(block.eval()(x, 3, 5), block(x, 3, 5))
+    assert not torch.equal(block.train()(x, 3, 5), block(x, 3, 5))
+
+
+def test_activation_can_be_chosen():
+    assert isinstance(tc.MixFFN(10, act_layer=nn.SiLU).act, nn.SiLU)
+
+
+@pytest.mark.parametrize("kwargs", [{"kernel_size": 2}, {"mlp_ratio": 0.01}])
+def test_bad_arguments_are_refused(kwargs):
+    with pytest.raises(ValueError, match="expected"):
+        tc.MixFFN(10, **kwargs)
