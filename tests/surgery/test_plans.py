@@ -1,0 +1,147 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenconv as tc
+
+
+def test_a_plan_shows_every_site_and_changes_nothing(case, inserted_parameters):
+    model = case.build()
+    state, layout = copy.deepcopy(model.state_dict()), str(model)
+    plan = tc.plan(model, "mix_ffn")
+    assert str(model) == layout
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    text = str(plan)
+    for edit in plan.edits:
+        assert f"{edit.name} " in text
+        assert f"{edit.added_params:+,}" in text
+    assert "output unchanged" in text
+
+
+def test_added_parameters_and_macs_are_those_of_the_changed_model(case, inserted_parameters):
+    model = case.build()
+    plan = tc.plan(model, "mix_ffn", kernel_size=5)
+    before = tc.cost(model, plan.input_size)
+    tc.insert_(model, plan)
+    after = tc.cost(model, plan.input_size)
+    assert plan.added_params == sum(p.numel() for p in inserted_parameters(model).values())
+    assert plan.added_params == after.params - before.params
+    assert plan.added_macs == after.macs - before.macs
+
+
+def test_added_macs_of_a_vit_are_the_closed_formula(vit):
+    plan = tc.plan(vit, "mix_ffn", kernel_size=5, blocks=[0, 2])
+    rows, cols, hidden = 3, 5, 4 * 48
+    assert plan.input_size == (3, 48, 80)
+    assert [edit.added_macs for edit in plan.edits] == [rows * cols * hidden * 25] * 2
+    assert [edit.added_params for edit in plan.edits] == [hidden * 26] * 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen"),
+    [(None, [0, 1, 2]), (1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0, -3], [0, 2]),
+     (range(2), [0, 1])],
+    ids=str,
+)  # fmt: skip
+def test_blocks_are_chosen_by_index_and_slice(vit, blocks, chosen):
+    plan = tc.plan(vit, "mix_ffn", blocks=blocks)
+    assert [edit.name for edit in plan.edits] == [f"blocks.{i}.mlp.act" for i in chosen]
+
+
+def test_blocks_of_a_pyramid_are_counted_through_its_stages(pvt):
+    plan = tc.plan(pvt, "mix_ffn", blocks=slice(2, 4))
+    names = ["stages.1.blocks.1.mlp.dwconv", "stages.2.blocks.0.mlp.dwconv"]
+    assert [edit.name for edit in plan.edits] == names
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            {"block": "mix_fnn"},
+            tc.UnknownNameError,
+            "unknown block 'mix_fnn': did you mean mix_ffn",
+        ),
+        ({"block": "none"}, tc.SurgeryError, r"blocks\.0\.mlp\.act is no convolution"),
+        ({"block": "none", "kernel_size": 3}, tc.SurgeryError, "takes no arguments"),
+        ({"kernel_size": 4}, ValueError, "odd kernel_size, got 4"),
+        ({"kernelsize": 3}, tc.SurgeryError, "does not take these arguments.*kernelsize"),
+        ({"blocks": 3}, tc.SurgeryError, r"blocks 0 to 2, asked for \[3\]"),
+        ({"blocks": slice(5, None)}, tc.SurgeryError, "selects none of the 3 blocks"),
+        ({"blocks": []}, tc.SurgeryError, "selects none"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_refused_and_leaves_the_model(vit, call, error, message):
+    layout, state = str(vit), copy.deepcopy(vit.state_dict())
+    for verb in (tc.plan, tc.insert_):
+        with pytest.raises(error, match=message):
+            verb(vit, **{"block": "mix_ffn", **call})
+    assert str(vit) == layout
+    assert list(vit.state_dict()) == list(state)
+    assert "_tokenconv" not in vars(vit)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: timm.create_model("resnet18"), "ResNet is not a model that tokenconv can change"),
+        (lambda: nn.Linear(3, 3), "VisionTransformer and PyramidVisionTransformerV2"),
+        (lambda: timm.create_model("test_vit", patch_drop_rate=0.5), "patch_drop_rate=0"),
+        (lambda: timm.create_model("test_vit", act_layer=nn.PReLU), "PReLU.*has parameters"),
+        (lambda: timm.create_model("vit_giant_patch14_reg4_dinov2", depth=1, embed_dim=48,
+                                   num_heads=3, img_size=28), "no plain timm Mlp but"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_take_a_block_say_why(model, message):
+    with pytest.raises(tc.SurgeryError, match=message):
+        tc.plan(model(), "mix_ffn")
+
+
+def test_double_insertion_and_removal_of_nothing_are_refused(vit):
+    with pytest.raises(tc.SurgeryError, match="nothing is inserted"):
+        tc.remove_(vit)
+    plan = tc.plan(vit, "mix_ffn")
+    tc.insert_(vit, plan)
+    for again in ("mix_ffn", plan):
+        with pytest.raises(tc.SurgeryError, match="already holds blocks of tokenconv"):
+            tc.insert_(vit, again)
+    tc.remove_(vit)
+    tc.insert_(vit, plan)
+
+
+def test_a_plan_for_another_model_is_refused(vit, pvt):
+    plan = tc.plan(vit, "mix_ffn")
+    with pytest.raises(tc.SurgeryError, match="made for a VisionTransformer, got a Pyramid"):
+        tc.insert_(pvt, plan)
+    shallow = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=3)
+    with pytest.raises(tc.SurgeryError, match=r"changes blocks\.2\.mlp\.act.*does not have"):
+        tc.insert_(shallow, plan)
+    wide = timm.create_model("vit_tiny_patch16_224", embed_dim=96, depth=3, num_heads=3)
+    with pytest.raises(tc.SurgeryError, match=r"blocks\.0\.mlp\.act with 192 channels.* 384"):
+        tc.insert_(wide, plan)
+    with pytest.raises(tc.SurgeryError, match="a plan is complete: cannot add kernel_size"):
+        tc.insert_(vit, plan, kernel_size=5)
+    assert "_tokenconv" not in vars(shallow)
+
+
+def test_a_convolution_that_would_be_bypassed_is_refused(vit, monkeypatch):
+    def skip_activation(self, x):
+        return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+    mlp = vit.blocks[1].mlp
+    monkeypatch.setattr(type(mlp), "forward", skip_activation)
+    with pytest.raises(tc.SurgeryError, match=r"blocks\.0\.mlp\.act would run 0 times"):
+        tc.insert_(vit, "mix_ffn")
+    assert "_tokenconv" not in vars(vit)
+
+
+def test_planning_allocates_no_weights(monkeypatch):
+    with torch.device("meta"):
+        model = timm.create_model("vit_large_patch16_224")
+    plan = tc.plan(model, "mix_ffn", blocks=slice(20, None))
+    assert len(plan.edits) == 4
+    assert plan.added_params == 4 * 4096 * 10

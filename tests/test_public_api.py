@@ -1,0 +1,74 @@
+import pickle
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import tokenconv as tc
+
+PUBLIC = [
+    "BLOCKS", "BlockInfo", "Comparison", "Cost", "DWConv", "GridError", "Impl",
+    "MeasurementError", "MixFFN", "Plan", "SurgeryError", "TokenConvError", "TokenGrid",
+    "UnknownNameError", "compare", "cost", "create_block", "depthwise_conv", "insert_",
+    "list_blocks", "map_to_tokens", "plan", "remove_", "tokens_to_map",
+]  # fmt: skip
+
+
+def test_public_names_are_these():
+    assert tc.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(tc))
+
+
+def test_no_module_shadows_a_public_name():
+    for module in pkgutil.walk_packages(tc.__path__, "tokenconv."):
+        if module.name != "tokenconv.__main__":
+            import_module(module.name)
+    for name in PUBLIC:
+        value = getattr(tc, name)
+        assert callable(value) or name == "BLOCKS", f"{name} is {value!r}"
+
+
+def test_every_public_name_has_a_docstring():
+    for name in PUBLIC:
+        value = getattr(tc, name)
+        assert name == "BLOCKS" or (value.__doc__ and value.__doc__[0].isupper()), name
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tc.nothing
+
+
+def loaded_after(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+def test_import_needs_torch_and_einops_only():
+    heavy = {"timm", "torchvision", "matplotlib", "tensorboard", "torch_tb_profiler", "sklearn"}
+    assert not heavy & loaded_after("import tokenconv")
+    assert "timm" in loaded_after("import tokenconv; tokenconv.plan")
+    assert "timm" not in loaded_after("import tokenconv; tokenconv.compare")
+
+
+def test_errors_survive_processes_and_have_one_root():
+    errors = [
+        tc.GridError("a"),
+        tc.SurgeryError("b"),
+        tc.MeasurementError("c"),
+        tc.UnknownNameError("block", "mixffn", ["mix_ffn", "peg"]),
+    ]
+    for error in errors:
+        twin = pickle.loads(pickle.dumps(error))
+        assert (type(twin), str(twin)) == (type(error), str(error))
+        assert isinstance(error, tc.TokenConvError)
+    assert errors[-1].choices == ["mix_ffn", "peg"]
+
+
+def test_unknown_names_list_all_choices_when_nothing_is_near():
+    assert str(tc.UnknownNameError("block", "zzz", ["b", "a"])) == (
+        "unknown block 'zzz': expected one of a, b"
+    )
