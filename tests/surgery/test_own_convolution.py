@@ -65,7 +65,17 @@ def test_weights_taken_out_follow_checkpoints_and_conversions(pvt, images):
     pvt.double()
     tc.remove_(pvt)
     for key, value in pvt.state_dict().items():
+        assert value.dtype == torch.float64, key
         assert torch.equal(value, changed[key].double()), key
+
+
+def test_weights_loaded_by_assignment_stay_after_removal(pvt):
+    changed = {k: v + 0.1 for k, v in pvt.state_dict().items()}
+    tc.insert_(pvt, "mix_ffn")
+    pvt.load_state_dict(changed, strict=True, assign=True)
+    tc.remove_(pvt)
+    for key, value in pvt.state_dict().items():
+        assert torch.equal(value, changed[key]), key
 
 
 def test_dilation_changes_the_output_and_needs_permission(pvt, images):

@@ -1,0 +1,80 @@
+"""What the README says is run, not trusted."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tokenconv.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+COMMANDS = [line for line in SHELL if line.startswith("tokenconv ")]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.splitlines()[-1][:40])
+def test_python_blocks_print_what_their_comments_say(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.*\)\s+# ([^:\n]+)", block, re.MULTILINE)
+    assert promised
+    assert printed == promised
+
+
+def test_insertion_takes_ten_lines():
+    (insertion,) = [block for block in PYTHON if "insert_" in block]
+    assert len([line for line in insertion.splitlines() if line.strip()]) <= 10
+
+
+def test_readme_has_commands():
+    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare"}
+    assert {"make demo", "make test"} <= set(SHELL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    if words[0] == "compare":
+        words += ["--repeats", "2"]
+    assert main(words) == 0
+    assert capsys.readouterr().out
+    made = {path.name for path in tmp_path.glob("tokenconv-report/*")}
+    expected = {"compare.json", "compare.png", "report.md", "traces"}
+    assert made == (expected if words[0] == "compare" else set())
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_demo_in_a_fresh_clone(tmp_path):
+    """``make demo`` makes its own environment, and uses it again the second time."""
+    clone = tmp_path / "tokenconv"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    for _ in range(2):
+        shutil.rmtree(clone / "tokenconv-report", ignore_errors=True)
+        run = subprocess.run(
+            ["make", "demo"], cwd=clone, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        for model in ("vit_tiny_patch16_224", "pvt_v2_b0"):
+            report = clone / "tokenconv-report" / model
+            assert (report / "compare.json").is_file()
+            assert list(report.glob("traces/*/train.*.pt.trace.json.gz"))
+            assert str(Path("tokenconv-report") / model / "report.md") in run.stdout
+        assert "tensorboard --logdir" in run.stdout
+    assert "setting up" not in run.stdout
