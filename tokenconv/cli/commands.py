@@ -39,7 +39,7 @@ def run_compare(args: argparse.Namespace) -> None:
         arms, reference = build_arms(model, args.block, args.kernel_size)
         dtype = getattr(torch, args.dtype)
         arms = {name: arm.to(device, dtype) for name, arm in arms.items()}
-        images = load_images(model, args.images, img_size, args.batch_size)
+        images = load_images(model, args.images, args.batch_size)
         comparison = compare(
             arms,
             images.to(device, dtype),

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -28,8 +28,10 @@ def build_model(
         raise UnknownNameError("model", name, timm.list_models())
     config = timm.get_pretrained_cfg(name)
     kwargs: dict[str, Any] = {}
-    if img_size and config is not None and config.fixed_input_size:
-        kwargs["img_size"] = img_size
+    if img_size:
+        kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
+        if config is not None and config.fixed_input_size:
+            kwargs["img_size"] = img_size
     torch.manual_seed(0)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -39,16 +41,13 @@ def build_model(
         raise MeasurementError(f"cannot build {name}{weights}{size}: {error}") from error
 
 
-def load_images(
-    model: nn.Module, directory: Path | None, img_size: tuple[int, int] | None, batch_size: int
-) -> Tensor:
+def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Tensor:
     """A batch of photographs, through the model's own timm transform.
 
     Args:
         model: Says what input it expects.
         directory: Photographs, taken in order of name and repeated to fill the batch; None takes
             the two that ship with scikit-learn.
-        img_size: ``(H, W)``; None takes the model's own.
         batch_size: How many.
 
     Returns:
@@ -57,10 +56,7 @@ def load_images(
     Raises:
         MeasurementError: If there are no photographs, or one cannot be read.
     """
-    config = resolve_model_data_config(model)
-    if img_size:
-        config["input_size"] = (config["input_size"][0], *img_size)
-    transform: Any = create_transform(**config, is_training=False)
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     photographs = _sample_photographs() if directory is None else _read(directory, batch_size)
     batch = [transform(photographs[i % len(photographs)]) for i in range(batch_size)]
     return torch.stack(batch)
@@ -91,7 +87,7 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise MeasurementError(f"cannot read the image {path}: {error}") from error
 
 

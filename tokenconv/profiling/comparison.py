@@ -199,8 +199,8 @@ def compare(
 
     def ratios(name: str) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "params": costs[name].params / costs[baseline].params,
-            "macs": costs[name].macs / costs[baseline].macs,
+            "params": _ratio(costs[name].params, costs[baseline].params),
+            "macs": _ratio(costs[name].macs, costs[baseline].macs),
         }
         for current in modes:
             own, base = samples[current][name], samples[current][baseline]
@@ -270,11 +270,17 @@ def _differences(
 def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """PyTorch's own count on the forward pass, half its FLOPs."""
     meta = meta_copy(model).eval()
-    dtype = next(p.dtype for p in meta.parameters())
+    floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return counter.get_total_flops() // 2
+
+
+def _ratio(own: int, base: int) -> float | None:
+    """None where the baseline has nothing to divide by."""
+    return own / base if base else None
 
 
 def _device_name(device: torch.device) -> str:

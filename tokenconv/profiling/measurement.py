@@ -106,7 +106,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step],
+    steps: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     warmup: int,

@@ -31,7 +31,8 @@ def report_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
             raise PermissionError("it is there and is no folder that can be written")
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        beside = out if out.is_dir() else out.parent  # on the same disk, and known to be writable
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=beside))
     except OSError as error:
         raise MeasurementError(f"cannot write a report to {out}: {error}") from error
     try:

@@ -1,0 +1,467 @@
+"""``list``, ``plan`` and ``compare``: what they print and what they leave in the folder."""
+
+import contextlib
+import copy
+import gzip
+import io
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from tokenconv import BLOCKS, insert_, list_blocks, plan
+from tokenconv.cli import commands, main
+from tokenconv.cli.inputs import build_model, load_images
+from tokenconv.errors import MeasurementError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _allocator_as_it_is() -> Iterator[None]:
+    """The command changes the allocator of the whole process for good: not of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "steady_allocator", lambda: "not touched")
+        yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``compare``, and all that came of it."""
+
+    words: list[str]
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return json.loads((self.folder / "compare.json").read_text())
+
+    def arm(self, name: str) -> dict[str, Any]:
+        (arm,) = (arm for arm in self.content["arms"] if arm["name"] == name)
+        return arm
+
+
+def compare(folder: Path, options: str) -> Run:
+    words = ["compare", *shlex.split(options), "--out", str(folder)]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    return Run(words, status, out.getvalue(), err.getvalue(), folder)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A ViT in both modes with traces, on scikit-learn's photographs."""
+    options = "test_vit --block mix_ffn --batch-size 2 --repeats 2 --trace"
+    return compare(tmp_path_factory.mktemp("vit") / "deep" / "report", options)
+
+
+@pytest.fixture(scope="module")
+def pvt(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A PVTv2, which has convolutions of its own."""
+    options = "pvt_v2_b0 --block mix_ffn --img-size 64 --batch-size 1 --repeats 1 --mode infer"
+    return compare(tmp_path_factory.mktemp("pvt") / "report", options)
+
+
+@pytest.fixture(params=["vit", "pvt"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue(request.param)
+
+
+# --- compare.json ---
+
+
+def test_compare_succeeds(run: Run):
+    assert run.status == 0, run.err
+    assert "error" not in run.err
+    assert "measuring: 100%" in run.err
+
+
+def test_json_tells_where_and_with_what(run: Run):
+    content = run.content
+    assert content["schema_version"] == 1
+    assert content["device"].startswith("cpu")
+    assert content["dtype"] == "float32"
+    assert content["threads"] == 1
+    assert content["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert content["versions"]["timm"] == timm.__version__
+    assert content["weights"] == "random"
+    assert content["allocator"] == "not touched"
+    assert shlex.split(content["command"]) == ["tokenconv", *run.words]
+    assert content["model"] == run.words[1]
+
+
+def test_arms_of_a_vit(vit: Run):
+    content = vit.content
+    assert [arm["name"] for arm in content["arms"]] == ["baseline", "mix_ffn"]
+    assert (content["baseline"], content["reference"]) == ("baseline", "baseline")
+    assert (content["batch_size"], content["input_size"]) == (2, [3, 160, 160])
+    assert [list(arm["modes"]) for arm in content["arms"]] == [["infer", "train"]] * 2
+
+
+def test_arms_of_a_pvt(pvt: Run):
+    content = pvt.content
+    assert [arm["name"] for arm in content["arms"]] == ["attention_only", "original", "mix_ffn"]
+    assert (content["baseline"], content["reference"]) == ("attention_only", "original")
+    assert (content["batch_size"], content["input_size"]) == (1, [3, 64, 64])
+    assert [list(arm["modes"]) for arm in content["arms"]] == [["infer"]] * 3
+
+
+def test_every_arm_has_its_figures(run: Run):
+    content = run.content
+    for arm in content["arms"]:
+        assert arm["macs"] == arm["macs_by_flop_counter"] > 0
+        assert list(arm["ratios"]) == ["params", "macs", *arm["modes"]]
+        for mode, figures in arm["modes"].items():
+            latency = figures["latency_ms"]
+            assert 0 < latency["q25"] <= latency["median"] <= latency["q75"]
+            assert latency["iqr"] == pytest.approx(latency["q75"] - latency["q25"])
+            throughput = 1000 * content["batch_size"] / latency["median"]
+            assert figures["images_per_s"] == pytest.approx(throughput)
+            weights_mib = 4 * arm["params"] / 2**20
+            assert figures["peak_memory_mib"] > weights_mib * (1 if mode == "infer" else 3)
+            assert sum(figures["time_share"].values()) == pytest.approx(1)
+
+
+def test_the_baseline_is_one_times_itself(run: Run):
+    content = run.content
+    ratios = run.arm(content["baseline"])["ratios"]
+    assert ratios.pop("params") == ratios.pop("macs") == 1
+    for found in ratios.values():
+        assert found["latency"] == {"median": 1, "iqr": 0, "q25": 1, "q75": 1}
+        assert found["peak_memory"] == 1
+
+
+def num_params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_params_are_those_of_the_models(vit: Run, pvt: Run):
+    plain = timm.create_model("test_vit")
+    assert vit.arm("baseline")["params"] == num_params(plain)
+    assert vit.arm("mix_ffn")["params"] == num_params(insert_(plain, "mix_ffn"))
+    plain = timm.create_model("pvt_v2_b0")
+    bare = insert_(copy.deepcopy(plain), "none", allow_change=True)
+    assert pvt.arm("attention_only")["params"] == num_params(bare)
+    assert pvt.arm("original")["params"] == num_params(plain)
+    assert pvt.arm("mix_ffn")["params"] == num_params(insert_(plain, "mix_ffn"))
+
+
+def test_insertion_changes_no_output(vit: Run, pvt: Run):
+    assert vit.arm("mix_ffn")["max_abs_diff_at_insertion"] == 0
+    assert pvt.arm("mix_ffn")["max_abs_diff_at_insertion"] == 0
+    assert pvt.arm("original")["max_abs_diff_at_insertion"] == 0
+    assert pvt.arm("attention_only")["max_abs_diff_at_insertion"] > 0
+
+
+def test_macs_grow_by_the_convolution(vit: Run, pvt: Run):
+    added = plan(timm.create_model("test_vit"), "mix_ffn").added_macs
+    assert vit.arm("mix_ffn")["macs"] - vit.arm("baseline")["macs"] == added > 0
+    assert pvt.arm("attention_only")["macs"] < pvt.arm("original")["macs"]
+    assert pvt.arm("mix_ffn")["macs"] == pvt.arm("original")["macs"], "kernels are added up"
+
+
+def test_time_goes_to_a_depthwise_convolution_where_there_is_one(vit: Run, pvt: Run):
+    expected = {"baseline": 0, "mix_ffn": 1, "attention_only": 0, "original": 1}
+    for arm in (*vit.content["arms"], *pvt.content["arms"]):
+        for figures in arm["modes"].values():
+            share = figures["time_share"]
+            assert (share["depthwise convolution"] > 0) == expected[arm["name"]]
+            assert share["attention"] > 0
+            assert share["MLP matmul"] > 0
+
+
+# --- the other files, and what is printed ---
+
+
+def test_report_and_figure_are_written(run: Run):
+    report = (run.folder / "report.md").read_text()
+    for arm in run.content["arms"]:
+        assert f" {arm['name']} |" in report
+    assert f"- command: {run.content['command']}" in report
+    assert f"- device: {run.content['device']}, 1 threads" in report
+    assert run.content["versions"]["torch"] in report
+    with Image.open(run.folder / "compare.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
+
+
+def test_traces_are_kept_only_when_asked_for(vit: Run, pvt: Run):
+    assert {path.name for path in pvt.folder.iterdir()} == {
+        "compare.json", "report.md", "compare.png",
+    }  # fmt: skip
+    assert {path.name for path in vit.folder.iterdir()} == {
+        "compare.json", "report.md", "compare.png", "traces",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("arm", ["baseline", "mix_ffn"])
+def test_every_arm_leaves_a_trace_per_mode(vit: Run, arm: str, mode: str):
+    folder = vit.folder / "traces" / arm
+    assert len(list(folder.iterdir())) == 2
+    (path,) = folder.glob(f"{mode}.*.pt.trace.json.gz")
+    with gzip.open(path) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert "tokenconv: attention: blocks.0.attn" in names
+    assert "tokenconv: MLP matmul: blocks.5.mlp" in names
+    ours = any(name.startswith("tokenconv: depthwise convolution: ") for name in names)
+    assert ours is (arm == "mix_ffn")
+
+
+def test_nothing_is_left_beside_the_report(run: Run):
+    assert list(run.folder.parent.iterdir()) == [run.folder]
+
+
+def test_compare_prints_the_table_and_the_files(run: Run):
+    table, _, files = run.out.partition("\n\n")
+    rows = [line.split()[:2] for line in table.splitlines()[1:]]
+    arms = run.content["arms"]
+    assert rows == [[mode, arm["name"]] for mode in arms[0]["modes"] for arm in arms]
+    for name in ("report.md", "compare.png", "compare.json"):
+        assert str(run.folder / name) in files
+    assert ("tensorboard --logdir" in files) is ("--trace" in run.words)
+
+
+# --- options ---
+
+
+def test_module_runs_as_a_command(tmp_path: Path):
+    """In a process of its own, where the allocator is changed as well."""
+    words = "compare test_vit --block mix_ffn --img-size 32 --batch-size 1 --repeats 1 --mode infer"
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenconv", *words.split(), "--out", "report"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "report/report.md" in done.stdout
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert all(line.startswith("measuring: ") for line in lines if line), "no library's chatter"
+    content = json.loads((tmp_path / "report" / "compare.json").read_text())
+    glibc = platform.libc_ver()[0] == "glibc"
+    keeps = "glibc, keeps freed memory" if glibc else "as the system has it"
+    assert content["allocator"] == keeps
+
+
+def test_module_passes_the_exit_status_on(tmp_path: Path):
+    words = ["plan", "test_vit", "--block", "mix_ff"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenconv", *words],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "tokenconv: error: unknown block 'mix_ff': did you mean mix_ffn?\n"
+
+
+def photographs(folder: Path, *, suffix: str = ".png") -> list[Image.Image]:
+    """Two photographs of different size; ``b`` is written first."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    made = []
+    for name, (height, width) in (("b", (120, 90)), ("a", (75, 140))):
+        image = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        image.save(folder / f"{name}{suffix}")
+        made.append(Image.open(folder / f"{name}{suffix}").convert("RGB"))
+    (folder / "notes.txt").write_text("no photograph")
+    return made[::-1]
+
+
+def test_compare_on_own_photographs_of_another_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photographs(tmp_path / "images", suffix=".JPG")
+    batches: list[Tensor] = []
+    measure = commands.compare
+
+    def spy(arms: dict[str, nn.Module], images: Tensor, **kwargs: Any):
+        batches.append(images)
+        return measure(arms, images, **kwargs)
+
+    monkeypatch.setattr(commands, "compare", spy)
+    run = compare(
+        tmp_path / "report",
+        "test_vit --block mix_ffn --img-size 64 96 --batch-size 3 --repeats 1 "
+        f"--mode infer --dtype float64 --images {shlex.quote(str(tmp_path / 'images'))}",
+    )
+    assert run.status == 0, run.err
+    assert run.content["input_size"] == [3, 64, 96]
+    assert run.content["dtype"] == "float64"
+    assert list(run.arm("mix_ffn")["modes"]) == ["infer"]
+    (batch,) = batches
+    expected = load_images(build_model("test_vit", (64, 96)), tmp_path / "images", 3)
+    assert expected.shape == (3, 3, 64, 96)
+    assert torch.equal(batch, expected.double())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpeg"])
+def test_photographs_go_through_the_models_own_transform(tmp_path: Path, suffix: str):
+    """In order of name, and again from the first until the batch is full."""
+    a, b = photographs(tmp_path / "images", suffix=suffix)
+    model = timm.create_model("test_vit")
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    batch = load_images(model, tmp_path / "images", 3)
+    assert torch.equal(batch, torch.stack([transform(image) for image in (a, b, a)]))
+    assert not torch.equal(batch[0], batch[1])
+    assert len(load_images(model, tmp_path / "images", 1)) == 1
+
+
+def test_default_photographs_are_two():
+    batch = load_images(timm.create_model("test_vit"), None, 3)
+    assert batch.shape == (3, 3, 160, 160)
+    assert torch.equal(batch[0], batch[2])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+
+    def stop(arms: dict[str, nn.Module], images: Tensor, **kwargs: Any):
+        kernels = {
+            name: {m.kernel_size for m in arm.modules() if type(m).__name__ == "DWConv"}
+            for name, arm in arms.items()
+        }
+        asked.append({"kernels": kernels, "images": images, **kwargs})
+        raise MeasurementError("enough")
+
+    monkeypatch.setattr(commands, "compare", stop)
+    run = compare(
+        tmp_path / "report",
+        "test_vit --block mix_ffn --block mix_ffn --kernel-size 5 --repeats 7 "
+        "--mode train --compile --trace --dtype bfloat16 --batch-size 5",
+    )
+    assert (run.status, run.err) == (1, "tokenconv: error: enough\n")
+    (found,) = asked
+    assert found["kernels"] == {"baseline": set(), "mix_ffn": {5}}
+    assert (found["images"].shape, found["images"].dtype) == ((5, 3, 160, 160), torch.bfloat16)
+    assert (found["repeats"], found["mode"], found["compiled"]) == (7, "train", True)
+    assert found["reference"] == "baseline"
+    assert found["trace_dir"].name == "traces"
+    assert not (tmp_path / "report").exists()
+
+
+def test_arms_have_the_same_weights():
+    model = build_model("pvt_v2_b0", (64, 64))
+    arms, reference = commands.build_arms(model, ["mix_ffn", "none"], 3)
+    assert list(arms) == ["attention_only", "original", "mix_ffn"]
+    assert reference == "original"
+    own = dict(model.named_parameters())
+    for arm in arms.values():
+        shared = {name: p for name, p in arm.named_parameters() if name in own}
+        assert len(shared) > len(own) / 2
+        assert all(torch.equal(p, own[name]) for name, p in shared.items())
+
+
+def test_a_second_run_replaces_the_report(tmp_path: Path):
+    options = "test_vit --block mix_ffn --img-size 32 --batch-size 1 --repeats 1 --mode infer"
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "report.md").write_text("old")
+    run = compare(folder, options)
+    assert run.status == 0, run.err
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert "mix_ffn" in (folder / "report.md").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "compare.json", "compare.png", "notes.txt", "report.md",
+    ]  # fmt: skip
+
+
+def test_interrupting_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(arms: dict[str, nn.Module], images: Tensor, *, trace_dir: Path, **kwargs: Any):
+        trace_dir.mkdir()
+        (trace_dir / "half.gz").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "compare", interrupted)
+    run = compare(tmp_path / "report", "test_vit --block mix_ffn --trace")
+    assert run.status == 130
+    assert run.err == "tokenconv: interrupted, nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_compare_compiled(tmp_path: Path):
+    run = compare(
+        tmp_path / "report",
+        "test_vit --block mix_ffn --batch-size 1 --repeats 1 --mode infer --compile",
+    )
+    assert run.status == 0, run.err
+    assert run.content["compiled"] is True
+    assert run.arm("mix_ffn")["max_abs_diff_at_insertion"] == 0
+    assert "- compiled: yes" in (run.folder / "report.md").read_text()
+
+
+# --- list and plan ---
+
+
+@pytest.mark.parametrize("pattern", [None, "*ffn*", "nothing*"])
+def test_list_prints_a_line_per_block(capsys: pytest.CaptureFixture[str], pattern: str | None):
+    assert main(["list", *([pattern] if pattern else [])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = list_blocks(pattern or "*")
+    assert [line.split()[0] for line in lines] == names
+    for line, name in zip(lines, names, strict=True):
+        info = BLOCKS[name]
+        assert {info.group, info.paper} <= set(line.split())
+        assert info.prefix_policy in line
+    assert bool(names) is (pattern != "nothing*")
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "block", "kwargs"),
+    [
+        ("test_vit --block mix_ffn", None, "mix_ffn", {"kernel_size": 3}),
+        (
+            "test_vit --block mix_ffn --kernel-size 5 --img-size 64 96",
+            (64, 96),
+            "mix_ffn",
+            {"kernel_size": 5},
+        ),
+        ("pvt_v2_b0 --block mix_ffn", None, "mix_ffn", {"kernel_size": 3}),
+        ("pvt_v2_b0 --block none", None, "none", {}),
+    ],
+)
+def test_plan_prints_the_plan(
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    size: tuple[int, int] | None,
+    block: str,
+    kwargs: dict[str, int],
+):
+    assert main(["plan", *words.split()]) == 0
+    options = {"img_size": size} if size else {}
+    model = timm.create_model(words.split()[0], **options)
+    assert capsys.readouterr().out == f"{plan(model, block, **kwargs)}\n"
+
+
+@pytest.mark.parametrize("name", ["test_vit", "pvt_v2_b0"])
+def test_plan_is_for_the_image_size_that_was_asked_for(
+    capsys: pytest.CaptureFixture[str], name: str
+):
+    """Also where the model itself does not know its size, as PVTv2."""
+    assert main(["plan", name, "--block", "mix_ffn", "--img-size", "64", "96"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(", one image of 3x64x96")

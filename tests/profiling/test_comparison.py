@@ -1,0 +1,281 @@
+"""The figures of a comparison: consistent with each other, with the models, and side by side."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenconv import MeasurementError, UnknownNameError
+from tokenconv.profiling import Comparison, Spread, compare, comparison
+from tokenconv.profiling.traces import Category, Profiled
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def net(width: int = 8, *, offset: float = 0.0) -> nn.Module:
+    """A small network; ``offset`` is added to all of its outputs."""
+    torch.manual_seed(0)
+    head = nn.Linear(16 * width, 5)
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, offset)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, stride=4), nn.BatchNorm2d(width), nn.Flatten(), head
+    )
+
+
+def images(batch_size: int = 3) -> Tensor:
+    return torch.randn(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def measured() -> Comparison:
+    """Two real networks in both modes."""
+    models = {"small": net(8), "wide": net(16, offset=0.5)}
+    return compare(models, images(), repeats=3, warmup=1)
+
+
+def test_arms_keep_their_order_and_the_first_is_the_baseline(measured: Comparison):
+    assert [arm.name for arm in measured.arms] == ["small", "wide"]
+    assert (measured.baseline, measured.reference) == ("small", "small")
+
+
+@pytest.mark.parametrize(("index", "width"), [(0, 8), (1, 16)])
+def test_parameters_and_macs_are_those_of_the_model(measured: Comparison, index: int, width: int):
+    arm = measured.arms[index]
+    assert arm.params == sum(p.numel() for p in net(width).parameters())
+    assert arm.macs == 16 * width * 3 * 4 * 4 + 16 * width * 5  # the convolution and the linear
+    assert arm.macs_by_flop_counter == arm.macs
+    assert arm.bytes > 4 * arm.params
+
+
+def test_throughput_follows_from_latency(measured: Comparison):
+    for arm in measured.arms:
+        for figures in arm.modes.values():
+            assert figures.latency_ms.median > 0
+            assert figures.latency_ms.q25 <= figures.latency_ms.median <= figures.latency_ms.q75
+            expected = 1000 * measured.batch_size / figures.latency_ms.median
+            assert figures.images_per_s == pytest.approx(expected)
+
+
+def test_time_shares_add_up_to_one(measured: Comparison):
+    for arm in measured.arms:
+        for figures in arm.modes.values():
+            assert set(figures.time_share) == {category.value for category in Category}
+            assert all(share >= 0 for share in figures.time_share.values())
+            assert sum(figures.time_share.values()) == pytest.approx(1)
+
+
+def test_the_baseline_is_one_times_itself(measured: Comparison):
+    ratios = measured.arms[0].ratios
+    assert ratios["params"] == ratios["macs"] == 1
+    for mode in ("infer", "train"):
+        assert ratios[mode]["latency"] == {"median": 1, "iqr": 0, "q25": 1, "q75": 1}
+        assert ratios[mode]["peak_memory"] == 1
+
+
+def test_other_ratios_refer_to_the_baseline(measured: Comparison):
+    small, wide = measured.arms
+    assert wide.ratios["params"] == pytest.approx(wide.params / small.params)
+    assert wide.ratios["macs"] == pytest.approx(wide.macs / small.macs)
+    for mode in ("infer", "train"):
+        expected = wide.modes[mode].peak_memory_mib / small.modes[mode].peak_memory_mib
+        assert wide.ratios[mode]["peak_memory"] == pytest.approx(expected)
+
+
+def test_difference_is_the_largest_of_the_outputs(measured: Comparison):
+    assert [arm.max_abs_diff_at_insertion for arm in measured.arms] == [0, 0.5]
+
+
+def test_environment_is_told(measured: Comparison):
+    told = measured.to_dict()
+    assert told["schema_version"] == comparison.SCHEMA_VERSION
+    assert told["device"].startswith("cpu")
+    assert told["dtype"] == "float32"
+    assert told["threads"] == 1
+    assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(told["versions"]) >= {"python", "torch", "timm", "einops", "tokenconv"}
+    assert (told["batch_size"], told["input_size"]) == (3, (3, 16, 16))
+    assert (told["repeats"], told["compiled"]) == (3, False)
+
+
+def test_dictionary_survives_json(measured: Comparison):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = json.dumps(measured.to_dict())
+    arms = json.loads(text, parse_constant=refuse)["arms"]
+    assert arms[1]["modes"]["train"]["latency_ms"]["median"] == pytest.approx(
+        measured.arms[1].modes["train"].latency_ms.median
+    )
+
+
+def test_printed_table_has_a_row_per_mode_and_arm(measured: Comparison):
+    header, *rows = str(measured).splitlines()
+    assert header.split()[:4] == ["mode", "arm", "params", "MACs"]
+    assert [row.split()[:2] for row in rows] == [
+        ["infer", "small"], ["infer", "wide"], ["train", "small"], ["train", "wide"],
+    ]  # fmt: skip
+    latency = measured.arms[1].modes["train"].latency_ms.median
+    assert f" {latency:.1f} (" in rows[3]
+
+
+def test_training_memory_holds_gradients_and_moments():
+    """One linear of 4 MiB: the weight; then also its gradient and two moments."""
+    torch.manual_seed(0)
+    models = {"linear": nn.Sequential(nn.Flatten(), nn.Linear(1024, 1024, bias=False))}
+    batch = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    (arm,) = compare(models, batch, repeats=1, warmup=0).arms
+    assert arm.modes["infer"].peak_memory_mib == pytest.approx(4, rel=0.05)
+    # AdamW's foreach update takes up to three more buffers of the size of the weight.
+    assert 16 <= arm.modes["train"].peak_memory_mib <= 16 + 3 * 4 + 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_of_the_caller_are_left_alone(training: bool):
+    models = {"a": net(8).train(training), "b": net(16).train(training)}
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    compare(models, images(), repeats=1, warmup=1)
+    for name, model in models.items():
+        assert all(module.training is training for module in model.modules())
+        assert all(p.grad is None for p in model.parameters())
+        assert all(p.requires_grad for p in model.parameters())
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[name][key]), f"{name}.{key}"
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- arithmetic, on planned measurements ---
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Replaces the clock and the profiler; returns the samples per arm, to be filled in."""
+    samples: dict[str, list[float]] = {}
+    share = {category.value: float(category is Category.OTHER) for category in Category}
+    monkeypatch.setattr(comparison, "time_interleaved", lambda steps, **kwargs: samples)
+    monkeypatch.setattr(
+        comparison, "profile_step", lambda step, device, folder: Profiled(share, 3 * MIB)
+    )
+    return samples
+
+
+def test_latency_ratio_is_paired_round_by_round(planned: dict[str, list[float]]):
+    planned |= {"a": [1, 2, 4, 10], "b": [2, 2, 2, 2]}
+    a, b = compare({"a": net(), "b": net()}, images(), mode="infer", repeats=4).arms
+    assert a.modes["infer"].latency_ms == Spread.of([1, 2, 4, 10])
+    ratio = b.ratios["infer"]["latency"]
+    assert ratio["median"] == pytest.approx(0.75), "of 2, 1, 0.5 and 0.2; medians give 0.67"
+    assert ratio["iqr"] == pytest.approx(1.25 - 0.425)
+    assert b.modes["infer"].images_per_s == pytest.approx(1500)
+
+
+def test_another_baseline(planned: dict[str, list[float]]):
+    planned |= {"a": [2, 2], "b": [4, 4]}
+    result = compare({"a": net(), "b": net(16)}, images(), mode="infer", repeats=2, baseline="b")
+    a, b = result.arms
+    assert (result.baseline, result.reference) == ("b", "b")
+    assert a.ratios["infer"]["latency"]["median"] == 0.5
+    assert a.ratios["params"] == pytest.approx(a.params / b.params)
+    assert b.ratios["params"] == 1
+
+
+def test_reference_need_not_be_the_baseline(planned: dict[str, list[float]]):
+    planned |= {"a": [1], "b": [1]}
+    models = {"a": net(offset=2.0), "b": net(offset=0.5)}
+    result = compare(models, images(), mode="infer", repeats=1, reference="b")
+    assert (result.baseline, result.reference) == ("a", "b")
+    assert [arm.max_abs_diff_at_insertion for arm in result.arms] == [1.5, 0]
+
+
+def test_peak_is_what_is_held_and_what_a_step_takes(planned: dict[str, list[float]]):
+    planned |= {"a": [1]}
+    model, batch = net(), images()
+    (arm,) = compare({"a": model}, batch, mode="infer", repeats=1).arms
+    held = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), batch])
+    assert arm.modes["infer"].peak_memory_mib == pytest.approx(held / MIB + 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("infer", ["infer"]), ("train", ["train"]), ("both", ["infer", "train"])],
+)
+def test_mode_chooses_what_is_measured(
+    planned: dict[str, list[float]], mode: str, expected: list[str]
+):
+    planned |= {"a": [1]}
+    (arm,) = compare({"a": net()}, images(), mode=mode, repeats=1).arms  # pyright: ignore
+    assert list(arm.modes) == expected
+    assert set(arm.ratios) == {"params", "macs", *expected}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_arm_is_compiled_or_none(
+    planned: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch, compiled: bool
+):
+    planned |= {"a": [1], "b": [1]}
+    compiled_modules: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled_modules.append(model) or model)
+    models = {"a": net(), "b": net()}
+    result = compare(models, images(), mode="infer", repeats=1, compiled=compiled)
+    assert result.compiled is compiled
+    assert len(compiled_modules) == (2 if compiled else 0)
+
+
+def test_dtype_is_that_of_the_images(planned: dict[str, list[float]]):
+    planned |= {"a": [1]}
+    result = compare({"a": net().double()}, images().double(), mode="infer", repeats=1)
+    assert result.dtype == "float64"
+
+
+def test_a_baseline_without_parameters_has_no_ratios_of_them(planned: dict[str, list[float]]):
+    planned |= {"nothing": [1], "net": [2]}
+    models = {"nothing": nn.Identity(), "net": nn.Conv2d(3, 3, 1)}
+    nothing, other = compare(models, images(), mode="infer", repeats=1).arms
+    assert (nothing.params, nothing.macs, nothing.macs_by_flop_counter) == (0, 0, 0)
+    assert other.params == 12
+    assert (other.ratios["params"], other.ratios["macs"]) == (None, None)
+    assert other.ratios["infer"]["latency"]["median"] == 2
+
+
+# --- refusals ---
+
+
+def test_unknown_arm_is_refused_with_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"unknown arm 'smal': did you mean small\?"):
+        compare({"small": net()}, images(), baseline="smal")
+    with pytest.raises(UnknownNameError, match=r"unknown arm 'smal'"):
+        compare({"small": net()}, images(), reference="smal")
+
+
+def test_no_model_or_no_round_is_refused():
+    with pytest.raises(ValueError, match=r"expected models and repeats >= 1, got \[\]"):
+        compare({}, images())
+    with pytest.raises(ValueError, match=r"got \['a'\], repeats=0"):
+        compare({"a": net()}, images(), repeats=0)
+
+
+def test_images_that_an_arm_refuses_are_named():
+    with pytest.raises(MeasurementError, match=r"^b refuses images of 3x3x16x16: .*channels"):
+        compare({"a": net(), "b": nn.Conv2d(4, 4, 1)}, images())
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    with pytest.raises(MeasurementError, match="the output of b is not finite"):
+        compare({"a": net(), "b": net(offset=float("nan"))}, images())
+
+
+def test_outputs_of_different_shape_are_refused():
+    match = r"outputs differ in shape: a gives \(3, 5\), b \(3, 3, 16, 16\)"
+    with pytest.raises(MeasurementError, match=match):
+        compare({"a": net(), "b": nn.Identity()}, images())
