@@ -18,7 +18,9 @@ from torch import Tensor
 
 from tokenconv.errors import GridError
 
-_AXES = {2: "h w", 3: "t h w"}
+_AXES = {2: ("h", "w"), 3: ("t", "h", "w")}
+_FOLD = {2: "b (h w) c -> b c h w", 3: "b (t h w) c -> b c t h w"}
+_UNFOLD = {4: "b c h w -> b (h w) c", 5: "b c t h w -> b (t h w) c"}
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,10 @@ def tokens_to_map(x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor
     """
     g = TokenGrid.of(*grid)
     g.check(x)
-    axes = _AXES[len(g.size)]
     if g.num_prefix_tokens:
         x = x[:, g.num_prefix_tokens :]
-    lengths = dict(zip(axes.split(), g.size, strict=True))
-    return rearrange(x, f"b ({axes}) c -> b c {axes}", **lengths)
+    rank = len(g.size)
+    return rearrange(x, _FOLD[rank], **dict(zip(_AXES[rank], g.size, strict=True)))
 
 
 def map_to_tokens(fmap: Tensor, prefix: Tensor | None = None) -> Tensor:
@@ -149,8 +150,7 @@ def map_to_tokens(fmap: Tensor, prefix: Tensor | None = None) -> Tensor:
     Raises:
         GridError: If ``fmap`` has another number of dimensions.
     """
-    if fmap.ndim - 2 not in _AXES:
+    if fmap.ndim not in _UNFOLD:
         raise GridError(f"expected a map (B, C, H, W) or (B, C, T, H, W), got {tuple(fmap.shape)}")
-    axes = _AXES[fmap.ndim - 2]
-    tokens = rearrange(fmap, f"b c {axes} -> b ({axes}) c")
+    tokens = rearrange(fmap, _UNFOLD[fmap.ndim])
     return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)

@@ -82,14 +82,13 @@ def _choose(impl: Impl | str | None) -> Impl:
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
-    dim = x.shape[-1]
-    if weight.ndim != 4 or weight.shape[:2] != (dim, 1) or weight.shape[2] != weight.shape[3]:
+    dim, shape = x.shape[-1], weight.shape
+    if len(shape) != 4 or shape[0] != dim or shape[1] != 1 or shape[2] != shape[3]:
         raise ValueError(
-            f"expected a depthwise weight ({dim}, 1, K, K) for {dim} channels, "
-            f"got {tuple(weight.shape)}"
+            f"expected a depthwise weight ({dim}, 1, K, K) for {dim} channels, got {tuple(shape)}"
         )
-    if weight.shape[-1] % 2 == 0:
-        raise ValueError(f"expected an odd kernel side, got {weight.shape[-1]}")
+    if shape[3] % 2 == 0:
+        raise ValueError(f"expected an odd kernel side, got {shape[3]}")
     if bias is not None and bias.shape != (dim,):
         raise ValueError(f"expected a bias ({dim},), got {tuple(bias.shape)}")
     if dilation < 1:
