@@ -131,6 +131,18 @@ def test_costing_leaves_the_model_alone_and_takes_no_memory():
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
+def test_unknown_sites_list_the_nearest():
+    with pytest.raises(tc.UnknownNameError, match=r"unknown module 'blocks\.0\.atn'.*blocks"):
+        tc.cost(timm.create_model("test_vit"), (3, 160, 160), sites=["blocks.0.atn"])
+
+
+def test_inference_mode_counts_the_same():
+    model = timm.create_model("test_vit")
+    expected = tc.cost(model, (3, 160, 160))
+    with torch.inference_mode():
+        assert tc.cost(model, (3, 160, 160)) == expected
+
+
 def test_refused_images_say_so():
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     with pytest.raises(tc.MeasurementError, match=r"refuses an image of 3x64x64: .*match model"):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenconv.errors import MeasurementError
+from tokenconv.errors import MeasurementError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,25 @@ def cost(
         Parameters, MACs and bytes, in total and per site.
 
     Raises:
-        MeasurementError: If the model refuses an image of this size.
+        MeasurementError: If the model refuses an image of this size, or cannot be copied.
+        UnknownNameError: If there is no module of a name in ``sites``.
     """
-    meta = meta_copy(model).eval()
-    names = _own_sites(meta) if sites is None else list(sites)
+    with torch.inference_mode(False), torch.no_grad():
+        return _price(meta_copy(model).eval(), input_size, sites)
+
+
+def _price(meta: nn.Module, input_size: Sequence[int], sites: Iterable[str] | None) -> Cost:
+    modules = dict(meta.named_modules())
     meter = _Meter()
-    for name in names:
-        module = meta.get_submodule(name)
+    for name in _own_sites(meta) if sites is None else sites:
+        if (module := modules.get(name)) is None:
+            raise UnknownNameError("module", name, modules)
         module.register_forward_pre_hook(meter.enter(name))
         module.register_forward_hook(meter.leave)
     floating = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(1, *input_size, device="meta", dtype=floating)
     try:
-        with torch.no_grad(), meter, _AttentionAsOne(meter):
+        with meter, _AttentionAsOne(meter):
             meta(images)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(s) for s in input_size)
@@ -88,14 +94,20 @@ def cost(
         macs=meter.total.macs,
         bytes=meter.total.bytes,
         sites={
-            name: SiteCost(params=_num_params(meta.get_submodule(name)), **vars(tally))
+            name: SiteCost(params=_num_params(modules[name]), **vars(tally))
             for name, tally in meter.sites.items()
         },
     )
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model whose parameters and buffers take no memory."""
+    """A deep copy of a model whose parameters and buffers take no memory.
+
+    Hooks that are not ours stay behind: they may read values, which a meta tensor does not have.
+
+    Raises:
+        MeasurementError: If the model cannot be copied.
+    """
     weightless: dict[int, Any] = {}
     for parameter in model.parameters():
         weightless[id(parameter)] = nn.Parameter(
@@ -103,7 +115,16 @@ def meta_copy(model: nn.Module) -> nn.Module:
         )
     for buffer in model.buffers():
         weightless[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, weightless)
+    try:
+        meta = copy.deepcopy(model, weightless)
+    except RuntimeError as error:
+        raise MeasurementError(f"the model cannot be copied: {error}") from error
+    for module in meta.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if not getattr(hook, "__module__", "").startswith("tokenconv."):
+                    del hooks[key]
+    return meta
 
 
 def _num_params(module: nn.Module) -> int:

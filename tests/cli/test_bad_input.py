@@ -247,7 +247,7 @@ def png() -> bytes:
         ("b.jpg", b"this is no photograph"),
         ("b.png", b""),
         ("b.png", png()[: len(png()) // 2]),
-        ("b.png", b"IDAT\xffxxx".join(png().split(b"IDAT", 1))),
+        ("b.png", b"\xffDAT".join(png().rsplit(b"IDAT", 1))),
         ("b.png", png().replace(b"IHDR", b"IHD\xff")),
     ],
     ids=["text", "empty", "truncated", "garbled data", "garbled header"],

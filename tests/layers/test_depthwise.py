@@ -98,6 +98,7 @@ def test_survives_deepcopy_and_takes_device_and_dtype():
         ((8, 0), {}, "odd kernel_size, got 0"),
         ((0,), {}, "dim=0"),
         ((8,), {"dilation": 0}, "dilation=0"),
+        ((8,), {"impl": "conv3d"}, "unknown impl 'conv3d': did you mean conv2d"),
     ],
 )
 def test_bad_arguments_are_refused(args, kwargs, message):

@@ -24,11 +24,12 @@ def _one_thread():
 
 
 def net(width: int = 8, *, offset: float = 0.0) -> nn.Module:
-    """A small network; ``offset`` is added to all of its outputs."""
+    """A small network; its outputs are zero, but for the first, which is ``offset``."""
     torch.manual_seed(0)
     head = nn.Linear(16 * width, 5)
     nn.init.zeros_(head.weight)
-    nn.init.constant_(head.bias, offset)
+    nn.init.zeros_(head.bias)
+    nn.init.constant_(head.bias[:1], offset)
     return nn.Sequential(
         nn.Conv2d(3, width, 4, stride=4), nn.BatchNorm2d(width), nn.Flatten(), head
     )

@@ -134,17 +134,6 @@ def test_training_step_starts_from_fresh_gradients():
     assert all(p.grad is None for p in step.model.parameters())
 
 
-def test_frozen_parameters_are_not_trained():
-    model = small_net()
-    model[0].requires_grad_(False)
-    step = Step(model, images(), "train")
-    step()
-    assert step.optimizer is not None
-    frozen = set(model[0].parameters())
-    assert not frozen & set(step.optimizer.state)
-    assert all(p.grad is None for p in frozen)
-
-
 def test_inference_step_makes_no_gradients():
     model = small_net().train()
     seen: list[bool] = []

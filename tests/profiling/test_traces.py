@@ -208,6 +208,8 @@ def test_every_matmul_is_classified(
         ("aten::gelu_backward", Category.ACTIVATION),
         ("aten::clone", Category.LAYOUT),
         ("aten::mean", Category.OTHER),
+        ("tokenconv: attention: attn", Category.ATTENTION),
+        ("tokenconv: MLP matmul: mlp", Category.OTHER),  # no matmul itself
     ],
 )
 def test_operators_are_known_by_name(

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
+from timm.models._features_fx import create_feature_extractor
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
@@ -245,3 +247,86 @@ def test_compiled_logits_are_equal(case):
     torch._dynamo.reset()
     scale = expected.abs().max()
     torch.testing.assert_close(hybrid / scale, expected / scale, rtol=0, atol=1e-6)
+
+
+def test_feature_extractors_see_the_same(case, inserted_parameters):
+    model = tc.insert_(case.build(), "mix_ffn", kernel_size=5)
+    for parameter in inserted_parameters(model).values():
+        nn.init.normal_(parameter, std=0.5)
+    images = case.images()
+    with torch.no_grad():
+        (out,) = create_feature_extractor(model, ["head"])(images).values()
+        expected = model.forward_head(model.forward_features(images))
+    if case.architecture.startswith("deit"):
+        return  # its logits are the mean of two heads
+    assert torch.equal(out, expected)
+
+
+def test_traced_model_computes_the_same(vit, inserted_parameters):
+    tc.insert_(vit, "mix_ffn")
+    for parameter in inserted_parameters(vit).values():
+        nn.init.normal_(parameter, std=0.5)
+    images = torch.randn(2, 3, 48, 80)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates tracing, and warns of shapes in it
+        traced = torch.jit.trace(vit, images)
+        torch.testing.assert_close(traced(images), vit(images), rtol=1e-4, atol=1e-5)
+
+
+def test_insertion_under_inference_mode_can_be_trained(case, inserted_parameters):
+    model = case.build()
+    with torch.inference_mode():
+        plan = tc.plan(model, "mix_ffn")
+        tc.insert_(model, plan)
+    assert plan.added_macs > 0 or case.architecture.startswith("pvt")
+    model.forward_features(case.images()).sin().sum().backward()
+    assert all(p.grad is not None for p in inserted_parameters(model).values())
+
+
+def test_hooks_of_the_user_stay_and_see_real_forwards_only(case):
+    model = case.build()
+    seen = []
+    act = next(m for n, m in model.named_modules() if n.endswith("mlp.act"))
+    for module in (model.patch_embed, model, act):
+        module.register_forward_hook(lambda m, a, out: seen.append(out.mean().item()))
+    tc.cost(model, (3, *case.size))
+    tc.insert_(model, "mix_ffn")
+    assert not seen
+    with torch.no_grad():
+        model(case.images())
+        assert len(seen) == 3
+        tc.remove_(model)
+        model(case.images())
+    assert len(seen) == 6
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(case, monkeypatch):
+    model = case.build()
+    layout, attributes = str(model), set(vars(model))
+    place, calls = nn.Module.set_submodule, []
+
+    def fail_once(self, target, module, *args):
+        if self is model:
+            calls.append(target)
+            if len(calls) == 2:
+                raise MemoryError("planted")
+        return place(self, target, module, *args)
+
+    monkeypatch.setattr(nn.Module, "set_submodule", fail_once)
+    with pytest.raises(MemoryError, match="planted"):
+        tc.insert_(model, "mix_ffn")
+    assert str(model) == layout
+    assert set(vars(model)) == attributes
+
+
+def test_plain_checkpoint_of_a_model_inside_another(vit, pvt):
+    parent = nn.ModuleDict({"teacher": vit, "student": copy.deepcopy(vit), "other": pvt})
+    checkpoint = copy.deepcopy(parent.state_dict())
+    tc.insert_(parent["student"], "mix_ffn")
+    tc.insert_(parent["teacher"], "mix_ffn", blocks=[1, 2])
+    parent.load_state_dict(checkpoint, strict=True)
+    state = parent.state_dict()
+    # A hybrid checkpoint of the teacher that lacks a whole site is no plain one.
+    broken = {k: v for k, v in state.items() if not k.startswith("teacher.blocks.1.mlp.act.conv")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*teacher\.blocks\.1\.mlp\.act\.conv"):
+        parent.load_state_dict(broken, strict=True)

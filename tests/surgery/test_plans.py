@@ -68,6 +68,10 @@ def test_blocks_of_a_pyramid_are_counted_through_its_stages(pvt):
         ({"block": "none"}, tc.SurgeryError, r"blocks\.0\.mlp\.act is no convolution"),
         ({"block": "none", "kernel_size": 3}, tc.SurgeryError, "takes no arguments"),
         ({"kernel_size": 4}, ValueError, "odd kernel_size, got 4"),
+        ({"residual": False}, tc.SurgeryError, "does not take these arguments.*residual"),
+        ({"impl": "fastest"}, tc.UnknownNameError, "unknown impl 'fastest'"),
+        ({"blocks": "all"}, tc.SurgeryError, "an index, a slice or several indices.*'all'"),
+        ({"blocks": 1.5}, tc.SurgeryError, "got 1.5"),
         ({"kernelsize": 3}, tc.SurgeryError, "does not take these arguments.*kernelsize"),
         ({"blocks": 3}, tc.SurgeryError, r"blocks 0 to 2, asked for \[3\]"),
         ({"blocks": slice(5, None)}, tc.SurgeryError, "selects none of the 3 blocks"),
@@ -126,6 +130,33 @@ def test_a_plan_for_another_model_is_refused(vit, pvt):
     with pytest.raises(tc.SurgeryError, match="a plan is complete: cannot add kernel_size"):
         tc.insert_(vit, plan, kernel_size=5)
     assert "_tokenconv" not in vars(shallow)
+
+
+def test_a_plan_serves_the_same_model_at_another_size(vit):
+    plan = tc.plan(vit, "mix_ffn")
+    other = timm.create_model(
+        "vit_tiny_patch16_224", embed_dim=48, depth=3, num_heads=3, img_size=64
+    )
+    tc.insert_(other, plan)
+    assert other(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_models_that_were_changed_before_say_what_was_expected(vit, pvt):
+    class Mine(nn.Sequential):
+        pass
+
+    vit.blocks.__class__ = Mine
+    with pytest.raises(tc.SurgeryError, match=r"blocks is a Mine; expected a plain nn\.Sequential"):
+        tc.insert_(vit, "mix_ffn")
+    vit.blocks.__class__ = nn.Sequential
+    vit.blocks[1].mlp.fc1 = nn.Sequential(vit.blocks[1].mlp.fc1)
+    with pytest.raises(tc.SurgeryError, match=r"blocks\.1\.mlp\.fc1 is a Sequential"):
+        tc.insert_(vit, "mix_ffn")
+    pvt.stages[0].blocks[0].mlp.dwconv = nn.Identity()
+    with pytest.raises(
+        tc.SurgeryError, match=r"mlp\.dwconv is a Identity; expected the nn\.Conv2d"
+    ):
+        tc.plan(pvt, "mix_ffn")
 
 
 def test_a_convolution_that_would_be_bypassed_is_refused(vit, monkeypatch):

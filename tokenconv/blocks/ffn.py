@@ -94,3 +94,22 @@ class MixFFN(nn.Module):
         x = self.relu(self.fc1(x))
         x = self.drop(self.act(self.dwconv(x, *grid)))
         return self.drop(self.fc2(x))
+
+
+def conv_before_activation(
+    dim: int,
+    *,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    bias: bool = True,
+    impl: Impl | str | None = None,
+) -> DWConv:
+    """What ``mix_ffn`` adds to an MLP without a convolution: ``x + conv(x)``."""
+    return DWConv(dim, kernel_size, dilation=dilation, bias=bias, residual=True, impl=impl)
+
+
+def second_kernel(
+    dim: int, *, kernel_size: int = 3, dilation: int = 1, bias: bool = True
+) -> DWConv:
+    """What ``mix_ffn`` adds to an MLP with a convolution: a kernel beside the one it has."""
+    return DWConv(dim, kernel_size, dilation=dilation, bias=bias)

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import nn
 
-from tokenconv.blocks.ffn import MixFFN
+from tokenconv.blocks.ffn import MixFFN, conv_before_activation, second_kernel
 from tokenconv.errors import UnknownNameError
-from tokenconv.layers import DWConv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +29,10 @@ class BlockInfo:
     parity_test: str
     """The pytest node that proves the block equal to code we did not write."""
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
-    """Where surgery can put it. ``sites["inside"](dim, **kwargs)`` builds the fragment that goes
-    in front of the activation of a model's own MLP, ``dim`` being its hidden width. A fragment
-    maps tokens to tokens like a block, and is the identity once ``zero_init`` has run on it."""
+    """Where surgery can put it: from a mode to ``fragment(dim, **kwargs)``, which builds only what
+    is new, ``dim`` being the hidden width of the model's own MLP. ``inside``: goes in front of the
+    activation, maps tokens to tokens like a block, and is the identity when its parameters are
+    zero. ``merge``: a ``DWConv`` whose kernel is added to that of the MLP's own convolution."""
 
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
@@ -45,7 +44,7 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
             prefix_policy="skip the convolution",
             kind="tokens",
             parity_test="tests/blocks/test_ffn.py::test_mix_ffn_matches_timm",
-            sites={"inside": partial(DWConv, residual=True), "merge": DWConv},
+            sites={"inside": conv_before_activation, "merge": second_kernel},
         ),
     }
 )

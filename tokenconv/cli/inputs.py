@@ -26,14 +26,14 @@ def build_model(
     """
     if not timm.is_model(name):
         raise UnknownNameError("model", name, timm.list_models())
-    config = timm.get_pretrained_cfg(name)
-    kwargs: dict[str, Any] = {}
-    if img_size:
-        kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
-        if config is not None and config.fixed_input_size:
-            kwargs["img_size"] = img_size
     torch.manual_seed(0)
     try:
+        config = timm.get_pretrained_cfg(name)
+        kwargs: dict[str, Any] = {}
+        if img_size:
+            kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
+            if config is not None and config.fixed_input_size:
+                kwargs["img_size"] = img_size
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm and the hub raise whatever went wrong below them
         size = f" for images of {img_size[0]}x{img_size[1]}" if img_size else ""

@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words, argparse.Namespace(words=words))
-    from tokenconv.cli import commands  # imports torch and timm: not for --help
-
     try:
+        from tokenconv.cli import commands  # imports torch and timm: not for --help
+
         commands.COMMANDS[args.command](args)
-    except (TokenConvError, ValueError) as error:
+    except (TokenConvError, ValueError, RuntimeError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"tokenconv: error: {message}", file=sys.stderr)
         return 1

@@ -34,7 +34,8 @@ class DWConv(nn.Module):
         dtype: As in ``nn.Conv2d``.
 
     Raises:
-        ValueError: If ``dim`` or ``dilation`` is not positive, or the kernel is even.
+        ValueError: If ``dim`` or ``dilation`` is not positive, the kernel is even, or ``impl`` is
+            unknown.
 
     References:
         PVT v2, https://arxiv.org/abs/2106.13797; MobileNets, https://arxiv.org/abs/1704.04861
@@ -61,7 +62,7 @@ class DWConv(nn.Module):
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.residual = residual
-        self.impl = impl
+        self.impl = None if impl is None else Impl.of(impl)
         placement: Any = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, **placement))
         self.bias = nn.Parameter(torch.empty(dim, **placement)) if bias else None

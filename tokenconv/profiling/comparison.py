@@ -20,6 +20,12 @@ from tokenconv.profiling.measurement import MIB, Mode, Spread, Step, time_interl
 from tokenconv.profiling.traces import profile_step
 
 SCHEMA_VERSION = 1
+_MODES: dict[str, list[Mode]] = {
+    "infer": ["infer"],
+    "train": ["train"],
+    "both": ["infer", "train"],
+}
+_MOST_COMPILED = 8
 _PACKAGES = ("tokenconv", "torch", "timm", "einops")
 
 
@@ -154,48 +160,34 @@ def compare(
         The comparison; print it for a table, or keep it with ``to_dict``.
 
     Raises:
-        MeasurementError: If a model refuses the images, or its outputs have another shape or are
-            not finite.
-        UnknownNameError: If ``baseline`` or ``reference`` is no arm.
-        ValueError: If there is no model, or ``repeats`` is not positive.
+        MeasurementError: If a model refuses the images or cannot be trained, or if outputs are no
+            single tensor, not finite, or of different shapes.
+        UnknownNameError: If ``mode`` is none, or ``baseline`` or ``reference`` no arm.
+        ValueError: If there are no models or images, or a number or an arm's name makes no sense.
     """
-    if not models or repeats < 1 or warmup < 0:
-        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
-    baseline = baseline or next(iter(models))
+    baseline = baseline or next(iter(models), "")
     reference = reference or baseline
-    for name in (baseline, reference):
-        if name not in models:
-            raise UnknownNameError("arm", name, models)
-    modes: list[Mode] = ["infer", "train"] if mode == "both" else [mode]
-    copies = {name: copy.deepcopy(model) for name, model in models.items()}
-    differences = _differences(copies, images, reference)
-    input_size = tuple(images.shape[1:])
-    costs = {name: cost(model, input_size) for name, model in copies.items()}
-    folders = {name: Path(trace_dir) / name if trace_dir else None for name in copies}
-
-    total = len(modes) * len(copies) * (warmup + repeats + 1)
-    samples: dict[Mode, dict[str, list[float]]] = {}
-    measured: dict[str, dict[Mode, Measured]] = {name: {} for name in copies}
-    with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
-        for current in modes:
-            steps = {
-                name: Step(model, images, current, compiled=compiled)
-                for name, model in copies.items()
-            }
-            bar.set_postfix_str(current)
-            samples[current] = time_interleaved(
-                steps, repeats=repeats, warmup=warmup, device=images.device, tick=bar.update
-            )
-            for name, step in steps.items():
-                profiled = profile_step(step, images.device, folders[name])
-                latency = Spread.of(samples[current][name])
-                measured[name][current] = Measured(
-                    latency_ms=latency,
-                    images_per_s=1e3 * len(images) / latency.median,
-                    peak_memory_mib=(step.resident_bytes() + profiled.transient_bytes) / MIB,
-                    time_share=profiled.time_share,
+    modes = _checked_modes(models, images, mode, (baseline, reference), repeats, warmup, compiled)
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {name: copy.deepcopy(model) for name, model in models.items()}
+        differences = _differences(copies, images, reference)
+        input_size = tuple(images.shape[1:])
+        costs = {name: cost(model, input_size) for name, model in copies.items()}
+        counted = {name: _macs_by_flop_counter(m, input_size) for name, m in copies.items()}
+        samples: dict[Mode, dict[str, list[float]]] = {}
+        measured: dict[str, dict[Mode, Measured]] = {name: {} for name in copies}
+        total = len(modes) * len(copies) * (warmup + repeats + 1)
+        with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
+            for current in modes:
+                bar.set_postfix_str(current)
+                steps = _steps(copies, images, current, compiled=compiled)
+                samples[current] = time_interleaved(
+                    steps, repeats=repeats, warmup=warmup, device=images.device, tick=bar.update
                 )
-                bar.update()
+                for name, step in steps.items():
+                    folder = Path(trace_dir) / name if trace_dir else None
+                    measured[name][current] = _measure(step, samples[current][name], folder)
+                    bar.update()
 
     def ratios(name: str) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -232,14 +224,72 @@ def compare(
                 name=name,
                 params=costs[name].params,
                 macs=costs[name].macs,
-                macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
+                macs_by_flop_counter=counted[name],
                 bytes=costs[name].bytes,
                 max_abs_diff_at_insertion=differences[name],
                 modes=measured[name],
                 ratios=ratios(name),
             )
-            for name, model in copies.items()
+            for name in copies
         ),
+    )
+
+
+def _checked_modes(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    mode: str,
+    named: tuple[str, str],
+    repeats: int,
+    warmup: int,
+    compiled: bool,
+) -> list[Mode]:
+    """The modes to measure, once everything else that was asked for makes sense."""
+    if not models or repeats < 1 or warmup < 0:
+        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
+    if mode not in _MODES:
+        raise UnknownNameError("mode", mode, _MODES)
+    for name in named:
+        if name not in models:
+            raise UnknownNameError("arm", name, models)
+    for name in models:
+        if Path(name).name != name:
+            raise ValueError(f"expected arm names that can name a folder, got {name!r}")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"expected images (B, C, H, W), got {tuple(images.shape)}")
+    if compiled and len(models) > _MOST_COMPILED:
+        raise ValueError(
+            f"torch.compile keeps {_MOST_COMPILED} versions of one forward and runs the rest "
+            f"uncompiled, got {len(models)} models to compare"
+        )
+    return _MODES[mode]
+
+
+def _steps(
+    models: Mapping[str, nn.Module], images: Tensor, mode: Mode, *, compiled: bool
+) -> dict[str, Step]:
+    """The work of every arm, done once to see that it can be done."""
+    if compiled:
+        torch.compiler.reset()
+    steps = {}
+    for name, model in models.items():
+        try:
+            steps[name] = Step(model, images, mode, compiled=compiled)
+            steps[name]()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise MeasurementError(f"{name} cannot be measured in mode {mode}: {error}") from error
+    return steps
+
+
+def _measure(step: Step, samples_ms: list[float], trace_dir: Path | None) -> Measured:
+    """Summarise the timing of a step, and profile it."""
+    profiled = profile_step(step, step.images.device, trace_dir)
+    latency = Spread.of(samples_ms)
+    return Measured(
+        latency_ms=latency,
+        images_per_s=1e3 * len(step.images) / latency.median,
+        peak_memory_mib=(step.resident_bytes() + profiled.transient_bytes) / MIB,
+        time_share=profiled.time_share,
     )
 
 
@@ -255,6 +305,10 @@ def _differences(
         except (RuntimeError, AssertionError, ValueError) as error:
             shape = "x".join(str(s) for s in images.shape)
             raise MeasurementError(f"{name} refuses images of {shape}: {error}") from error
+        if not isinstance(outputs[name], Tensor):
+            raise MeasurementError(
+                f"expected one tensor as output, {name} gives a {type(outputs[name]).__name__}"
+            )
         if not bool(outputs[name].isfinite().all()):
             raise MeasurementError(f"the output of {name} is not finite; its figures mean nothing")
     expected = outputs[reference]
@@ -269,7 +323,7 @@ def _differences(
 
 def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """PyTorch's own count on the forward pass, half its FLOPs."""
-    meta = meta_copy(model).eval()
+    meta = meta_copy(model).eval().requires_grad_(False)
     floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     counter = FlopCounterMode(display=False)

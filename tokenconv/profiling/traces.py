@@ -230,12 +230,12 @@ def _is_in_backward(event: Any | None) -> bool:
 
 
 def _is_depthwise(event: Any) -> bool:
-    """One input channel per group: a weight (C, 1, K, K) beside a map of C channels."""
-    shapes = [shape for shape in event.input_shapes if len(shape) == 4]
-    return any(
-        shape[1] == 1 and shape[0] > 1 and any(other[1] == shape[0] for other in shapes)
-        for shape in shapes
-    )
+    """One input channel per group: a weight (C, 1, K, K) on a map of C channels."""
+    shapes = event.input_shapes
+    if event.name.endswith("_backward"):
+        shapes = shapes[1:]  # behind the gradient of the output
+    fmap, weight = shapes[:2]
+    return len(weight) == 4 and weight[1] == 1 < weight[0] and fmap[1] == weight[0]
 
 
 def _time_share(run: profile, *, on_cuda: bool) -> dict[str, float]:

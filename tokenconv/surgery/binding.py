@@ -65,8 +65,8 @@ class GridBinding:
         else:
             self._eager.pending = carrier
 
-    def clear(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the model: an aborted forward leaves nothing behind."""
+    def clear(self, model: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+        """Forward hook and pre-hook of the model: no forward pass leaves anything behind."""
         if torch.compiler.is_compiling():
             self._traced.pending = self._traced.current = None
         else:
@@ -110,6 +110,8 @@ class GridBinding:
 def _grid_from_carrier(carrier: Tensor, x: Tensor, most_prefix_tokens: int) -> TokenGrid:
     """One fx node: the check in it cannot be traced symbolically."""
     rows, cols = carrier.shape[1], carrier.shape[2]
+    if torch.jit.is_tracing():
+        rows, cols = int(rows), int(cols)
     num_prefix_tokens = x.shape[1] - rows * cols
     if num_prefix_tokens < 0 or num_prefix_tokens > most_prefix_tokens:
         raise GridError(

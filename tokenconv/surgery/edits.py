@@ -86,32 +86,43 @@ def carry_out(model: nn.Module, edits: Sequence[Edit]) -> None:
     """
     source = family_of(model).grid_source(model)
     binding = GridBinding(source.num_prefix_tokens) if source else None
-    replacements = {edit.name: _replacement(model, edit, binding) for edit in edits}
-    insertion = Insertion(tuple(edits))
-    # From here on nothing can fail.
-    for name, replacement in replacements.items():
-        model.set_submodule(name, replacement)
-    if source and binding:
-        container = model.get_submodule(source.container)
-        CaptureSequential.capture(container, binding)  # pyright: ignore[reportArgumentType]
-        insertion.handles += [
-            model.get_submodule(source.module).register_forward_hook(binding.note),
-            model.register_forward_pre_hook(binding.clear),
-        ]
-    insertion.handles.append(model.register_load_state_dict_post_hook(_accept_plain_checkpoint))
-    model._tokenconv = insertion  # pyright: ignore[reportArgumentType]
+    container = model.get_submodule(source.container) if source else None
+    if container is not None and type(container) is not nn.Sequential:
+        raise SurgeryError(
+            f"{source.container if source else ''} is a {type(container).__name__}; expected a "
+            f"plain nn.Sequential, whose blocks can be bound to their grid"
+        )
+    with torch.inference_mode(False):  # or the new parameters could never be trained
+        replacements = {edit.name: _replacement(model, edit, binding) for edit in edits}
+    insertion = model._tokenconv = Insertion(tuple(edits))  # pyright: ignore
+    try:
+        for name, replacement in replacements.items():
+            model.set_submodule(name, replacement)
+        if source and binding and isinstance(container, nn.Sequential):
+            CaptureSequential.capture(container, binding)
+            insertion.handles += [
+                model.get_submodule(source.module).register_forward_hook(binding.note),
+                model.register_forward_pre_hook(binding.clear),
+                model.register_forward_hook(binding.clear),
+            ]
+        insertion.handles.append(model.register_load_state_dict_pre_hook(_accept_plain_checkpoint))
+    except BaseException:
+        take_back(model)
+        raise
 
 
 def take_back(model: nn.Module) -> None:
     """Put the model's own modules back, with their parameters as they are now."""
     insertion: Insertion = model._tokenconv  # pyright: ignore[reportAssignmentType]
+    modules = dict(model.named_modules())
+    originals = {n: m.release() for n, m in modules.items() if isinstance(m, Replacement)}
+    for name, original in originals.items():
+        model.set_submodule(name, original)
+    for module in modules.values():
+        if isinstance(module, CaptureSequential):
+            module.release()
     for handle in insertion.handles:
         handle.remove()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Replacement):
-            model.set_submodule(name, module.release())
-        elif isinstance(module, CaptureSequential):
-            module.release()
     del model._tokenconv
 
 
@@ -145,19 +156,20 @@ def _build(name: str, block: str, mode: str, dim: int, kwargs: dict[str, Any]) -
         raise SurgeryError(f"{block} at {name} does not take these arguments: {error}") from error
 
 
-def _accept_plain_checkpoint(model: nn.Module, incompatible_keys: Any) -> None:
+def _accept_plain_checkpoint(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
     """Let a checkpoint of the unmodified model load with ``strict=True``.
 
     It has no key of any inserted module, which then keeps its values. A checkpoint with some of
     them is one of a hybrid and has to have them all.
     """
     inserted = {
-        f"{name}.{module.fragment}.{key}"
+        f"{prefix}{name}.{module.fragment}.{key}": value
         for name, module in model.named_modules()
         if isinstance(module, Replacement) and module.fragment
-        for key in module.get_submodule(module.fragment).state_dict()
+        for key, value in module.get_submodule(module.fragment).state_dict().items()
     }
-    missing = incompatible_keys.missing_keys
-    absent = [key for key in missing if any(f".{key}".endswith(f".{name}") for name in inserted)]
-    if len(absent) == len(inserted):
-        missing[:] = [key for key in missing if key not in absent]
+    has_values = not any(value.is_meta for value in inserted.values())
+    if has_values and not inserted.keys() & state_dict.keys():
+        state_dict.update(inserted)

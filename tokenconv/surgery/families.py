@@ -18,8 +18,6 @@ class Site:
 
     name: str
     """The module that would be replaced: the activation, or the MLP's own convolution."""
-    block: int
-    """Index of the Transformer block, counted through all stages."""
     dim: int
     """Hidden width of the MLP."""
     conv: nn.Conv2d | None = None
@@ -59,7 +57,7 @@ def family_of(model: nn.Module) -> Family:
     known = " and ".join(family.name for family in FAMILIES)
     raise SurgeryError(
         f"{type(model).__name__} is not a model that tokenconv can change: expected a timm model "
-        f"of the families {known}"
+        f"of the families {known}, itself and not a wrapper around it"
     )
 
 
@@ -72,13 +70,17 @@ def _vit_sites(model: nn.Module) -> Iterator[Site]:
                 f"blocks.{i} ({type(block).__name__}) has no plain timm Mlp but "
                 f"{type(mlp).__name__}; tokenconv cannot put a convolution inside it"
             )
-        assert isinstance(mlp.fc1, nn.Linear)
+        if type(mlp.fc1) is not nn.Linear:
+            raise SurgeryError(
+                f"blocks.{i}.mlp.fc1 is a {type(mlp.fc1).__name__}; expected a plain nn.Linear, "
+                f"so insert before wrapping it"
+            )
         if next(mlp.act.parameters(), None) is not None:
             raise SurgeryError(
                 f"blocks.{i}.mlp.act ({type(mlp.act).__name__}) has parameters, whose checkpoint "
                 f"keys would change; build the model with an activation that has none"
             )
-        yield Site(name=f"blocks.{i}.mlp.act", block=i, dim=mlp.fc1.out_features)
+        yield Site(name=f"blocks.{i}.mlp.act", dim=mlp.fc1.out_features)
 
 
 def _vit_grid_source(model: nn.Module) -> GridSource:
@@ -101,9 +103,13 @@ def _vit_grid_source(model: nn.Module) -> GridSource:
 def _pvt_v2_sites(model: nn.Module) -> Iterator[Site]:
     assert isinstance(model, PyramidVisionTransformerV2)
     mlps = [(name, m) for name, m in model.named_modules() if isinstance(m, MlpWithDepthwiseConv)]
-    for i, (name, mlp) in enumerate(mlps):
-        own = mlp.dwconv if isinstance(mlp.dwconv, nn.Conv2d) else None
-        yield Site(name=f"{name}.dwconv", block=i, dim=mlp.fc1.out_features, conv=own)
+    for name, mlp in mlps:
+        if type(mlp.dwconv) is not nn.Conv2d:
+            raise SurgeryError(
+                f"{name}.dwconv is a {type(mlp.dwconv).__name__}; expected the nn.Conv2d that timm "
+                f"puts there"
+            )
+        yield Site(name=f"{name}.dwconv", dim=mlp.dwconv.out_channels, conv=mlp.dwconv)
 
 
 FAMILIES = (

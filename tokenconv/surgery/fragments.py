@@ -70,19 +70,25 @@ class MergedConv(Replacement):
         self.bias = conv.bias
         self.added = added
         self.original = _Unregistered(conv)
+        self.margin = (added.kernel_size - conv.kernel_size[0]) // 2
+        self.padding = added.dilation * (added.kernel_size // 2)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve a map ``(B, C, H, W)``, in the memory layout it comes in."""
-        side, dilation = self.added.kernel_size, self.added.dilation
-        margin = (side - self.weight.shape[-1]) // 2
-        weight = F.pad(self.weight, [margin] * 4) if margin else self.weight
+        weight = F.pad(self.weight, [self.margin] * 4) if self.margin else self.weight
         weight = weight + self.added.weight
         bias = self.bias
         if self.added.bias is not None:
             bias = self.added.bias if bias is None else bias + self.added.bias
-        padding = dilation * (side // 2)
-        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+        return F.conv2d(
+            x,
+            weight,
+            bias,
+            padding=self.padding,
+            dilation=self.added.dilation,
+            groups=self.added.dim,
+        )
 
     def release(self) -> nn.Module:
         """The convolution, without what was added to it."""

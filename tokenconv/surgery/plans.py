@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -75,7 +76,8 @@ def plan(
         blocks: Transformer blocks to change, by index, slice or several indices, counted through
             all stages; None takes all.
         allow_change: Permit ``insert_`` to change the output of the model.
-        **block_kwargs: Keyword arguments of the block, such as ``kernel_size``.
+        **block_kwargs: Keyword arguments of what the block adds to an MLP: for ``mix_ffn``
+            ``kernel_size``, ``dilation`` and ``bias``.
 
     Returns:
         The plan, to be printed, and to be handed to ``insert_``.
@@ -126,11 +128,12 @@ def rehearse(model: nn.Module, draft: Plan) -> Plan:
         SurgeryError: If an insertion would not run exactly once, or the model not at all.
     """
     names = [edit.name for edit in draft.edits]
-    copy = meta_copy(model)
+    input_size = _input_size(model)
     try:
-        before = cost(copy, draft.input_size, sites=names).sites
+        copy = meta_copy(model)
+        before = cost(copy, input_size, sites=names).sites
         carry_out(copy, draft.edits)
-        after = cost(copy, draft.input_size, sites=names).sites
+        after = cost(copy, input_size, sites=names).sites
     except MeasurementError as error:
         raise SurgeryError(f"the plan does not run on this model: {error}") from error
     for name in names:
@@ -163,7 +166,12 @@ def _select(sites: list[Site], blocks: int | slice | Iterable[int] | None) -> li
     elif isinstance(blocks, slice):
         chosen = sites[blocks]
     else:
-        wanted = [blocks] if isinstance(blocks, int) else list(blocks)
+        try:
+            wanted = [index(i) for i in (blocks if isinstance(blocks, Iterable) else [blocks])]
+        except TypeError as error:
+            raise SurgeryError(
+                f"expected an index, a slice or several indices as blocks, got {blocks!r}"
+            ) from error
         if bad := [i for i in wanted if not -count <= i < count]:
             raise SurgeryError(f"the model has blocks 0 to {count - 1}, asked for {bad}")
         chosen = [sites[i] for i in sorted({i % count for i in wanted})]
@@ -177,4 +185,5 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is None:
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
-    return (int(model.in_chans), *size)  # pyright: ignore[reportArgumentType, reportReturnType]
+    channels = model.get_submodule("patch_embed.proj").in_channels
+    return (int(channels), *size)  # pyright: ignore[reportArgumentType, reportReturnType]

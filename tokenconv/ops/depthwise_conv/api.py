@@ -22,6 +22,13 @@ class Impl(StrEnum):
     CONV2D = "conv2d"
     """``torch.nn.functional.conv2d`` on a view of the tokens."""
 
+    @classmethod
+    def of(cls, name: "Impl | str") -> "Impl":
+        """The implementation of this name, or an error that lists the nearest ones."""
+        if name not in set(cls):
+            raise UnknownNameError("impl", str(name), list(cls))
+        return cls(name)
+
 
 _Implementation = Callable[[Tensor, Tensor, Tensor | None, TokenGrid, int, bool], Tensor]
 
@@ -70,15 +77,9 @@ def depthwise_conv(
     grid = TokenGrid.of(grid)
     grid.check(x)
     _check_kernel(x, weight, bias, dilation)
-    return _IMPLEMENTATIONS[_choose(impl)](x, weight, bias, grid, dilation, residual)
-
-
-def _choose(impl: Impl | str | None) -> Impl:
-    if impl is None:
-        return Impl.CONV2D
-    if impl not in set(Impl):
-        raise UnknownNameError("impl", str(impl), list(Impl))
-    return Impl(impl)
+    return _IMPLEMENTATIONS[Impl.CONV2D if impl is None else Impl.of(impl)](
+        x, weight, bias, grid, dilation, residual
+    )
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:

@@ -37,16 +37,21 @@ def report_folder(out: Path) -> Iterator[Path]:
         raise MeasurementError(f"cannot write a report to {out}: {error}") from error
     try:
         yield staging
-        out.mkdir(exist_ok=True)
-        for made in staging.iterdir():
-            target = out / made.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            made.replace(target)
+        _place(staging, out)
     except OSError as error:
         raise MeasurementError(f"cannot write a report to {out}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _place(staging: Path, out: Path) -> None:
+    """Move what was made; traces of an earlier run go, since they belong to no report then."""
+    for stale in out.glob("traces/*/*.pt.trace.json.gz"):
+        stale.unlink()
+    for made in sorted(path for path in staging.rglob("*") if path.is_file()):
+        target = out / made.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(target)
 
 
 def write_report(comparison: Comparison, folder: Path, *, about: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ def to_markdown(comparison: Comparison, about: dict[str, Any]) -> str:
     )
     parts += ["![latency, memory and time share](compare.png)", "## Where the time goes"]
     parts.append(_share_table(comparison))
+    if comparison.compiled:
+        parts.append("Compiled kernels do the work of several operators; they count as other.")
     parts += ["## How to repeat it", _environment(comparison, about)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
