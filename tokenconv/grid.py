@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenconv.errors import GridError
 
 _AXES = {2: ("h", "w"), 3: ("t", "h", "w")}
+_COUNTS = (int, torch.SymInt)
 _FOLD = {2: "b (h w) c -> b c h w", 3: "b (t h w) c -> b c t h w"}
 _UNFOLD = {4: "b c h w -> b (h w) c", 5: "b c t h w -> b (t h w) c"}
 
@@ -40,13 +41,14 @@ class TokenGrid:
 
     def __post_init__(self) -> None:
         size = self.size
-        if not isinstance(size, tuple | list | torch.Size) or len(size) not in _AXES:
+        if not isinstance(size, (tuple, list)) or len(size) not in _AXES:
             raise GridError(f"expected a grid size (H, W) or (T, H, W), got {size!r}")
-        if not all(_is_count(s) and s >= 1 for s in size):
-            raise GridError(f"expected positive integers as grid size, got {tuple(size)!r}")
+        for length in size:
+            if not _is_count(length) or length < 1:
+                raise GridError(f"expected positive integers as grid size, got {tuple(size)!r}")
         if not _is_count(self.num_prefix_tokens) or self.num_prefix_tokens < 0:
             raise GridError(f"expected num_prefix_tokens >= 0, got {self.num_prefix_tokens!r}")
-        if not isinstance(size, tuple) or isinstance(size, torch.Size):
+        if type(size) is not tuple:
             object.__setattr__(self, "size", tuple(size))
 
     @classmethod
@@ -63,7 +65,7 @@ class TokenGrid:
             (only,) = grid
             if isinstance(only, TokenGrid):
                 return only
-            if isinstance(only, tuple | list | torch.Size):
+            if isinstance(only, (tuple, list)):
                 return cls(tuple(only))
         return cls(grid)  # pyright: ignore[reportArgumentType]  # checked by __post_init__
 
@@ -112,7 +114,7 @@ class TokenGrid:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, _COUNTS) and not isinstance(value, bool)
 
 
 def tokens_to_map(x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:

@@ -64,6 +64,7 @@ MIX = ("--block", "mix_ffn")
             "unknown model 'vit_tiny_patch16_22': did you mean vit_tiny_patch16_224 or ",
         ),
         (("no such model", *MIX), "unknown model 'no such model': expected one of "),
+        (("test_vit.nonsense", *MIX), "cannot build test_vit.nonsense: "),
         (
             ("test_vit", "--block", "mixffn"),
             "unknown block 'mixffn': did you mean mix_ffn?",
@@ -87,7 +88,7 @@ MIX = ("--block", "mix_ffn")
         (("test_vit", "--block", "none"), "so there is nothing to take out"),
     ],
     ids=[
-        "model", "far model", "block", "no token model", "even kernel", "size of a ViT",
+        "model", "far model", "weights", "block", "no token model", "even kernel", "size of a ViT",
         "size of a PVT", "three sizes", "small kernel", "no convolution",
     ],
 )  # fmt: skip
@@ -97,6 +98,18 @@ def test_wrong_names_and_numbers(
     run = line.compare if command == "compare" else line.error
     message = run(*words) if command == "compare" else run("plan", *words)
     assert expected in message
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
+def test_trouble_while_measuring(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
+    def exhausted(*args: Any, trace_dir: Path, **kwargs: Any):
+        trace_dir.mkdir()
+        raise kind("no memory\nis left")
+
+    monkeypatch.setattr(commands, "compare", exhausted)
+    assert line.compare("test_vit", *MIX, "--trace").endswith("no memory is left")
 
 
 def test_an_old_report_is_left_as_it_was(line: CommandLine):

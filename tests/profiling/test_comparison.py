@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_mode_chooses_what_is_measured(
     planned: dict[str, list[float]], mode: str, expected: list[str]
 ):
     planned |= {"a": [1]}
-    (arm,) = compare({"a": net()}, images(), mode=mode, repeats=1).arms  # pyright: ignore
+    (arm,) = compare({"a": net()}, images(), mode=mode, repeats=1).arms
     assert list(arm.modes) == expected
     assert set(arm.ratios) == {"params", "macs", *expected}
 
@@ -264,6 +265,53 @@ def test_no_model_or_no_round_is_refused():
         compare({}, images())
     with pytest.raises(ValueError, match=r"got \['a'\], repeats=0"):
         compare({"a": net()}, images(), repeats=0)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(UnknownNameError, match=r"unknown mode 'training': did you mean train"):
+        compare({"a": net()}, images(), mode="training")
+
+
+@pytest.mark.parametrize("name", ["a/b", "", ".."])
+def test_arms_that_cannot_name_a_folder_are_refused(name: str):
+    with pytest.raises(ValueError, match=r"expected arm names that can name a folder, got"):
+        compare({"a": net(), name: net()}, images())
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (0, 3, 16, 16)])
+def test_no_batch_of_images_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"expected images \(B, C, H, W\), got \("):
+        compare({"a": net()}, torch.zeros(shape))
+
+
+def test_more_arms_than_torch_compiles_are_refused():
+    models = {f"a{i}": net() for i in range(9)}
+    with pytest.raises(ValueError, match=r"torch.compile keeps 8 versions .*, got 9 models"):
+        compare(models, images(), compiled=True)
+
+
+def test_outputs_other_than_one_tensor_are_refused():
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(MeasurementError, match="expected one tensor as output, pair gives a tuple"):
+        compare({"pair": Pair()}, images())
+
+
+def test_an_arm_that_cannot_be_trained_is_named():
+    models = {"a": net(), "frozen": net().requires_grad_(False)}
+    with pytest.raises(MeasurementError, match="frozen cannot be measured in mode train: "):
+        compare(models, images(), repeats=1, warmup=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_training_is_measured_whatever_the_caller_does(context: Any):
+    models, batch = {"a": net()}, images()
+    with context():
+        (arm,) = compare(models, batch, mode="train", repeats=1, warmup=0).arms
+    params_mib = 4 * arm.params / MIB
+    assert arm.modes["train"].peak_memory_mib > 3 * params_mib, "AdamW holds two moments"
 
 
 def test_images_that_an_arm_refuses_are_named():

@@ -187,6 +187,15 @@ def test_report_says_how_to_repeat_it(report: str):
         assert line in environment
 
 
+def test_report_says_what_compiling_does_to_the_shares(report: str):
+    compiled = to_markdown(dataclasses.replace(made_up(), compiled=True), ABOUT)
+    assert "- compiled: yes" in compiled
+    assert "- compiled: no" in report
+    note = "Compiled kernels do the work of several operators; they count as other."
+    assert note in section(compiled, "Where the time goes")
+    assert note not in report
+
+
 def test_report_shows_a_figure_that_is_there(folder: Path, report: str):
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", report)
     assert (folder / picture).is_file()
@@ -240,8 +249,8 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def fill(staging: Path) -> None:
     (staging / "compare.json").write_text("new")
-    (staging / "traces").mkdir()
-    (staging / "traces" / "new.gz").write_text("new")
+    (staging / "traces" / "mix_ffn").mkdir(parents=True)
+    (staging / "traces" / "mix_ffn" / "infer.2.pt.trace.json.gz").write_text("new")
 
 
 def test_files_appear_only_when_all_is_done(tmp_path: Path):
@@ -249,14 +258,20 @@ def test_files_appear_only_when_all_is_done(tmp_path: Path):
     with report_folder(out) as staging:
         fill(staging)
         assert not out.exists()
-    assert snapshot(out) == {"compare.json": "new", "traces": "(folder)", "traces/new.gz": "new"}
+    assert snapshot(out) == {
+        "compare.json": "new",
+        "traces": "(folder)",
+        "traces/mix_ffn": "(folder)",
+        "traces/mix_ffn/infer.2.pt.trace.json.gz": "new",
+    }
     assert list(out.parent.iterdir()) == [out]
 
 
 def old_report(tmp_path: Path) -> Path:
     out = tmp_path / "report"
-    (out / "traces").mkdir(parents=True)
-    (out / "traces" / "old.gz").write_text("old")
+    (out / "traces" / "mix_ffn").mkdir(parents=True)
+    (out / "traces" / "mix_ffn" / "infer.1.pt.trace.json.gz").write_text("old")
+    (out / "traces" / "mix_ffn" / "notes.txt").write_text("mine")
     (out / "compare.json").write_text("old")
     (out / "notes.txt").write_text("mine")
     return out
@@ -272,8 +287,19 @@ def test_an_old_report_is_replaced_and_foreign_files_stay(tmp_path: Path):
         "report/compare.json": "new",
         "report/notes.txt": "mine",
         "report/traces": "(folder)",
-        "report/traces/new.gz": "new",
+        "report/traces/mix_ffn": "(folder)",
+        "report/traces/mix_ffn/infer.2.pt.trace.json.gz": "new",
+        "report/traces/mix_ffn/notes.txt": "mine",
     }
+
+
+def test_traces_of_an_earlier_run_go_with_its_report(tmp_path: Path):
+    """A report without traces must not stand beside traces of other figures."""
+    out = old_report(tmp_path)
+    with report_folder(out) as staging:
+        (staging / "compare.json").write_text("new")
+    assert not list(out.rglob("*.gz"))
+    assert (out / "traces" / "mix_ffn" / "notes.txt").read_text() == "mine"
 
 
 def test_an_existing_folder_is_staged_inside(tmp_path: Path):

@@ -57,10 +57,12 @@ def test_a_depthwise_convolution_is_found(mode: Mode, batch_size: int):
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_another_convolution_is_not_depthwise(groups: int, mode: Mode):
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups))
-    share = profiled(model, images(2, 8, 16, 16), mode).time_share
+@pytest.mark.parametrize(
+    ("dim", "groups"), [(8, 1), (8, 2), (1, 1)], ids=["dense", "grouped", "one channel"]
+)
+def test_another_convolution_is_not_depthwise(dim: int, groups: int, mode: Mode):
+    model = nn.Sequential(nn.Conv2d(dim, 8, 3, padding=1, groups=groups))
+    share = profiled(model, images(8, dim, 16, 16), mode).time_share
     assert share[Category.DEPTHWISE] == 0
 
 

@@ -253,7 +253,7 @@ def _checked_modes(
         if name not in models:
             raise UnknownNameError("arm", name, models)
     for name in models:
-        if Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise ValueError(f"expected arm names that can name a folder, got {name!r}")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"expected images (B, C, H, W), got {tuple(images.shape)}")

@@ -109,10 +109,10 @@ class GridBinding:
 
 def _grid_from_carrier(carrier: Tensor, x: Tensor, most_prefix_tokens: int) -> TokenGrid:
     """One fx node: the check in it cannot be traced symbolically."""
-    rows, cols = carrier.shape[1], carrier.shape[2]
-    if torch.jit.is_tracing():
-        rows, cols = int(rows), int(cols)
-    num_prefix_tokens = x.shape[1] - rows * cols
+    num_tokens, rows, cols = x.shape[1], carrier.shape[1], carrier.shape[2]
+    if torch.jit.is_tracing():  # sizes are tensors then
+        num_tokens, rows, cols = int(num_tokens), int(rows), int(cols)
+    num_prefix_tokens = num_tokens - rows * cols
     if num_prefix_tokens < 0 or num_prefix_tokens > most_prefix_tokens:
         raise GridError(
             f"expected {rows}*{cols} tokens and up to {most_prefix_tokens} prefix tokens, got "
