@@ -17,7 +17,7 @@ from tokenconv.errors import (
 )
 from tokenconv.grid import TokenGrid, map_to_tokens, tokens_to_map
 from tokenconv.layers import DWConv
-from tokenconv.ops import Impl, depthwise_conv
+from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 if TYPE_CHECKING:
     from tokenconv.profiling import Comparison, compare

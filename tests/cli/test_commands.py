@@ -304,16 +304,16 @@ def test_compare_on_own_photographs_of_another_shape(
     run = compare(
         tmp_path / "report",
         "test_vit --block mix_ffn --img-size 64 96 --batch-size 3 --repeats 1 "
-        f"--mode infer --dtype float64 --images {shlex.quote(str(tmp_path / 'images'))}",
+        f"--mode infer --dtype bfloat16 --images {shlex.quote(str(tmp_path / 'images'))}",
     )
     assert run.status == 0, run.err
     assert run.content["input_size"] == [3, 64, 96]
-    assert run.content["dtype"] == "float64"
+    assert run.content["dtype"] == "bfloat16"
     assert list(run.arm("mix_ffn")["modes"]) == ["infer"]
     (batch,) = batches
     expected = load_images(build_model("test_vit", (64, 96)), tmp_path / "images", 3)
     assert expected.shape == (3, 3, 64, 96)
-    assert torch.equal(batch, expected.double())
+    assert torch.equal(batch, expected.bfloat16())
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpeg"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenconv.grid import TokenGrid
 from tokenconv.layers import DWConv
-from tokenconv.ops import Impl
+from tokenconv.ops.depthwise_conv import Impl
 
 
 class MixFFN(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.grid import TokenGrid
-from tokenconv.ops import Impl, depthwise_conv
+from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 
 class DWConv(nn.Module):

@@ -1,10 +1,12 @@
 """``torch.nn.functional.conv2d`` on a channels-last view of the tokens."""
 
+import math
+
+import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from tokenconv.grid import TokenGrid, map_to_tokens, tokens_to_map
+from tokenconv.grid import TokenGrid
 
 
 def depthwise_conv_conv2d(
@@ -15,20 +17,24 @@ def depthwise_conv_conv2d(
     dilation: int,
     residual: bool,
 ) -> Tensor:
-    """See ``api.depthwise_conv``; copies nothing around the convolution without prefix tokens."""
-    fmap = tokens_to_map(x, grid)
-    video = fmap.ndim == 5
-    if video:
-        fmap = rearrange(fmap, "b c t h w -> (b t) c h w")
+    """See ``api.depthwise_conv``; copies nothing around the convolution without prefix tokens.
+
+    Takes the views of ``grid.tokens_to_map`` and ``map_to_tokens`` by itself: einops spends more
+    Python on them than a small convolution can hide.
+    """
+    num_prefix_tokens, dim = grid.num_prefix_tokens, x.shape[-1]
+    *frames, rows, cols = grid.size
+    spatial = x[:, num_prefix_tokens:] if num_prefix_tokens else x
+    # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
+    fmap = spatial.reshape(len(x) * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
     padding = dilation * (weight.shape[-1] // 2)
-    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
+    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=dim)
     if residual:
         # In place, because a new tensor of this size costs more than the addition; not under an
         # autocast that made the convolution coarser than x.
         out = out.add_(fmap) if out.dtype == fmap.dtype else fmap + out
-    if video:
-        out = rearrange(out, "(b t) c h w -> b c t h w", t=grid.size[0])
-    if not grid.num_prefix_tokens:
-        return map_to_tokens(out)
-    prefix = x[:, : grid.num_prefix_tokens]
-    return map_to_tokens(out, prefix.to(out.dtype))  # autocast may have changed the dtype
+    tokens = out.permute(0, 2, 3, 1).reshape(spatial.shape)
+    if not num_prefix_tokens:
+        return tokens
+    prefix = x[:, :num_prefix_tokens]
+    return torch.cat([prefix.to(out.dtype), tokens], dim=1)  # autocast may have changed the dtype
