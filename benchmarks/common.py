@@ -60,11 +60,10 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
     allocator = steady_allocator() if keep else "as the system has it"
     if args.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # or float32 would not mean the same in every arm
+    changed = _git("status", "--porcelain", "--", "tokenconv", "benchmarks/*.py")
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
-        "uncommitted": (_git("status", "--porcelain", "--", "tokenconv", "benchmarks/*.py") or "")
-        .strip()
-        .splitlines(),
+        "uncommitted": [line.split()[-1] for line in (changed or "").splitlines()],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "device": _device_name(args.device),

@@ -53,6 +53,7 @@ def test_writes_what_was_measured_and_how(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
     assert re.fullmatch(r"unknown|[0-9a-f]{40}", result["commit"])
+    assert all((BENCHMARKS.parent / path).exists() for path in result["uncommitted"])
     assert result["threads"] == 1
     assert result["dtype"] == "float32"
     assert result["repeats"] == 5

@@ -5,6 +5,7 @@ import copy
 import gzip
 import io
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -249,13 +250,23 @@ def test_compare_prints_the_table_and_the_files(run: Run):
 # --- options ---
 
 
+def module(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m tokenconv`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tokenconv", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 def test_module_runs_as_a_command(tmp_path: Path):
-    """In a process of its own, where the allocator is changed as well."""
+    """And changes the allocator, which the other tests leave alone."""
     words = "compare test_vit --block mix_ffn --img-size 32 --batch-size 1 --repeats 1 --mode infer"
-    done = subprocess.run(
-        [sys.executable, "-m", "tokenconv", *words.split(), "--out", "report"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = module(tmp_path, *words.split(), "--out", "report")
     assert done.returncode == 0, done.stderr
     assert "report/report.md" in done.stdout
     lines = done.stderr.replace("\r", "\n").splitlines()
@@ -267,11 +278,7 @@ def test_module_runs_as_a_command(tmp_path: Path):
 
 
 def test_module_passes_the_exit_status_on(tmp_path: Path):
-    words = ["plan", "test_vit", "--block", "mix_ff"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tokenconv", *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = module(tmp_path, "plan", "test_vit", "--block", "mix_ff")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "tokenconv: error: unknown block 'mix_ff': did you mean mix_ffn?\n"
 
