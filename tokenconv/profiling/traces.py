@@ -197,8 +197,8 @@ class _Classifier:
             return _BY_OPERATOR[operator]
         if operator.startswith(("scaled_dot_product", "_scaled_dot_product")):
             return Category.ATTENTION
-        if operator in _CONVOLUTIONS:
-            return Category.DEPTHWISE if _is_depthwise(event) else Category.OTHER
+        if operator in _CONVOLUTIONS and _is_depthwise(event):
+            return Category.DEPTHWISE
         if operator in _MATMULS:
             return self._matmul(event)
         inherited = self.category(caller) if caller is not None else Category.OTHER
