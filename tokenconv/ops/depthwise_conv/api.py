@@ -74,7 +74,8 @@ def depthwise_conv(
     References:
         MobileNets, section 3.1, https://arxiv.org/abs/1704.04861
     """
-    grid = TokenGrid.of(grid)
+    if not isinstance(grid, TokenGrid):
+        grid = TokenGrid.of(grid)
     grid.check(x)
     _check_kernel(x, weight, bias, dilation)
     return _IMPLEMENTATIONS[Impl.CONV2D if impl is None else Impl.of(impl)](
