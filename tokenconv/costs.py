@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from tokenconv.errors import MeasurementError, UnknownNameError
 
@@ -69,26 +70,25 @@ def cost(
         MeasurementError: If the model refuses an image of this size, or cannot be copied.
         UnknownNameError: If there is no module of a name in ``sites``.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return _price(meta_copy(model).eval(), input_size, sites)
+    return price(meta_copy(model), input_size, sites=sites)
 
 
-def _price(meta: nn.Module, input_size: Sequence[int], sites: Iterable[str] | None) -> Cost:
+def price(
+    meta: nn.Module, input_size: Sequence[int], *, sites: Iterable[str] | None = None
+) -> Cost:
+    """What ``cost`` does, for a model that is on the meta device already; see there."""
     modules = dict(meta.named_modules())
     meter = _Meter()
+    hooks: list[RemovableHandle] = []
     for name in _own_sites(meta) if sites is None else sites:
         if (module := modules.get(name)) is None:
             raise UnknownNameError("module", name, modules)
-        module.register_forward_pre_hook(meter.enter(name))
-        module.register_forward_hook(meter.leave)
-    floating = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
-    images = torch.empty(1, *input_size, device="meta", dtype=floating)
-    try:
-        with meter, _AttentionAsOne(meter):
-            meta(images)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        size = "x".join(str(s) for s in input_size)
-        raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
+        hooks.append(module.register_forward_pre_hook(meter.enter(name)))
+        hooks.append(module.register_forward_hook(meter.leave))
+    with meter, _AttentionAsOne(meter):
+        run_meta(meta, 1, input_size)
+    for hook in hooks:
+        hook.remove()
     return Cost(
         params=_num_params(meta),
         macs=meter.total.macs,
@@ -98,6 +98,22 @@ def _price(meta: nn.Module, input_size: Sequence[int], sites: Iterable[str] | No
             for name, tally in meter.sites.items()
         },
     )
+
+
+def run_meta(meta: nn.Module, batch: int, input_size: Sequence[int]) -> None:
+    """Run a model on the meta device on a batch of images, in evaluation mode.
+
+    Raises:
+        MeasurementError: If it refuses them.
+    """
+    floating = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
+    images = torch.empty(batch, *input_size, device="meta", dtype=floating)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            meta.eval()(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "x".join(str(s) for s in input_size)
+        raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -16,6 +16,10 @@ class SurgeryError(TokenConvError, ValueError):
     """A block cannot go into, or come out of, this model; the model is left as it was."""
 
 
+class CheckpointError(TokenConvError, ValueError):
+    """A saved hybrid cannot be read, or does not belong to this model; nothing was changed."""
+
+
 class MeasurementError(TokenConvError, RuntimeError):
     """A comparison cannot be run or its results cannot be kept."""
 

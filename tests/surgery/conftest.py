@@ -88,7 +88,7 @@ def dynamic_vit() -> nn.Module:
 @pytest.fixture
 def inserted_parameters() -> Callable[[nn.Module], dict[str, nn.Parameter]]:
     def find(model: nn.Module) -> dict[str, nn.Parameter]:
-        marks = (".act.conv.", ".dwconv.added.")
+        marks = (".act.before.", ".dwconv.added.")
         return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
 
     return find

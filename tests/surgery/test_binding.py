@@ -139,7 +139,7 @@ def test_a_new_input_size(inserted_parameters, vit):
         nn.init.normal_(parameter, std=0.5)
     vit.set_input_size((80, 64))
     grids = []
-    vit.blocks[0].mlp.act.conv.register_forward_pre_hook(lambda m, a: grids.append(a[1]))
+    vit.blocks[0].mlp.act.before.register_forward_pre_hook(lambda m, a: grids.append(a[1]))
     vit(torch.zeros(1, 3, 80, 64))
     assert grids == [tc.TokenGrid((5, 4), 1)]
 
@@ -151,7 +151,7 @@ def test_padded_images(inserted_parameters):
     )  # fmt: skip
     tc.insert_(model, "mix_ffn")
     grids = []
-    model.blocks[0].mlp.act.conv.register_forward_pre_hook(lambda m, a: grids.append(a[1]))
+    model.blocks[0].mlp.act.before.register_forward_pre_hook(lambda m, a: grids.append(a[1]))
     model(torch.zeros(1, 3, 50, 70))
     assert grids == [tc.TokenGrid((4, 5), 1)]
 

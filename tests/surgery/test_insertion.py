@@ -90,7 +90,7 @@ def test_the_inserted_mlp_computes_the_formula(case, inserted_parameters):
             if isinstance(mlp, Mlp):
                 patch = model.patch_embed.patch_size[0]
                 rows, cols = case.size[0] // patch, case.size[1] // patch
-                conv, own, own_bias = mlp.act.conv, 0, 0
+                conv, own, own_bias = mlp.act.before, 0, 0
                 act = mlp.act.act
                 start = mlp.fc1(x)
             else:
@@ -139,13 +139,13 @@ def test_original_checkpoints_load_strictly(case, inserted_parameters):
 def test_incomplete_checkpoints_are_still_refused(vit):
     model = tc.insert_(vit, "mix_ffn")
     state = model.state_dict()
-    own = {k: v for k, v in state.items() if ".act.conv." not in k}
+    own = {k: v for k, v in state.items() if ".act.before." not in k}
     with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.mlp\.act\.conv\.bias"):
-        model.load_state_dict({k: v for k, v in state.items() if k != "blocks.1.mlp.act.conv.bias"})
+        model.load_state_dict({k: v for k, v in state.items() if k != "blocks.1.mlp.act.before.bias"})
     with pytest.raises(RuntimeError, match=r"Missing key.*: \"head\.bias\"\. *$"):
         model.load_state_dict({k: v for k, v in own.items() if k != "head.bias"})
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        model.load_state_dict({**state, "blocks.1.mlp.act.conv.scale": torch.ones(1)})
+        model.load_state_dict({**state, "blocks.1.mlp.act.before.scale": torch.ones(1)})
 
 
 def test_hybrid_checkpoints_load_strictly(case, inserted_parameters):
@@ -327,6 +327,6 @@ def test_plain_checkpoint_of_a_model_inside_another(vit, pvt):
     parent.load_state_dict(checkpoint, strict=True)
     state = parent.state_dict()
     # A hybrid checkpoint of the teacher that lacks a whole site is no plain one.
-    broken = {k: v for k, v in state.items() if not k.startswith("teacher.blocks.1.mlp.act.conv")}
+    broken = {k: v for k, v in state.items() if not k.startswith("teacher.blocks.1.mlp.act.before")}
     with pytest.raises(RuntimeError, match=r"Missing key.*teacher\.blocks\.1\.mlp\.act\.conv"):
         parent.load_state_dict(broken, strict=True)

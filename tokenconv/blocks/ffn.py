@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from tokenconv.grid import TokenGrid
-from tokenconv.layers import DWConv
+from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
 
 
@@ -56,11 +56,7 @@ class MixFFN(nn.Module):
         impl: Impl | str | None = None,
     ):
         super().__init__()
-        hidden_dim = int(dim * mlp_ratio)
-        if dim < 1 or hidden_dim < 1:
-            raise ValueError(
-                f"expected dim and int(dim * mlp_ratio) >= 1, got {dim=}, {mlp_ratio=}"
-            )
+        hidden_dim = _hidden_dim(dim, mlp_ratio)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.relu = nn.ReLU() if linear else nn.Identity()
         self.dwconv = DWConv(hidden_dim, kernel_size, dilation=dilation, impl=impl)
@@ -71,9 +67,7 @@ class MixFFN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as the PVTv2 and SegFormer repositories do."""
-        for linear in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        _init_linears_(self.fc1, self.fc2)
         nn.init.normal_(self.dwconv.weight, std=math.sqrt(2) / self.dwconv.kernel_size)
         if self.dwconv.bias is not None:
             nn.init.zeros_(self.dwconv.bias)
@@ -96,7 +90,92 @@ class MixFFN(nn.Module):
         return self.drop(self.fc2(x))
 
 
-def conv_before_activation(
+class SeparableFFN(nn.Module):
+    """Feed-forward with a depthwise separable convolution beside it.
+
+    Formula: ``fc2(act(fc1(x))) + SeparableConv(x)``, dropout after the activation and at the end;
+    no norm, no residual. Prefix tokens skip the depthwise part of the convolution and take the
+    rest. Parameters, with ``h = int(dim * mlp_ratio)``:
+    ``2*dim*h + h + dim + dim*(K*K + 1) + dim*dim + dim``. Linear weights start from a truncated
+    normal of std 0.02, biases from zero, the depthwise kernel as ``nn.Conv2d``. Keys: ``fc1``,
+    ``fc2`` as in ``timm.layers.Mlp``, ``conv.depthwise``, ``conv.pointwise``.
+
+    Args:
+        dim: Channels C, in and out.
+        mlp_ratio: Hidden width over ``dim``.
+        kernel_size: Odd kernel side K.
+        dilation: Distance between kernel taps, in tokens.
+        act_layer: Makes the activation.
+        drop: Dropout probability after the activation and at the end.
+        impl: Implementation of the depthwise op, see ``Impl``; None chooses.
+
+    Raises:
+        ValueError: If the kernel is even, or ``dim`` or the hidden width is not positive.
+
+    References:
+        The convolution: MobileNets, https://arxiv.org/abs/1704.04861; a branch of that kind beside
+        the MLP of a ViT: Convpass, https://arxiv.org/abs/2207.07039
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        impl: Impl | str | None = None,
+    ):
+        super().__init__()
+        hidden_dim = _hidden_dim(dim, mlp_ratio)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.conv = SeparableConv(dim, kernel_size, dilation=dilation, impl=impl)
+        self.drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear weights from a truncated normal, the depthwise kernel as ``nn.Conv2d``."""
+        self.conv.reset_parameters()
+        _init_linears_(self.fc1, self.fc2, self.conv.pointwise)
+
+    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+        """Run the feed-forward.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+
+        Returns:
+            Tokens ``(B, N, C)``.
+
+        Raises:
+            GridError: If ``x`` does not fill the grid.
+        """
+        out = self.fc2(self.drop(self.act(self.fc1(x))))
+        return self.drop(out + self.conv(x, *grid))
+
+
+def _hidden_dim(dim: int, mlp_ratio: float) -> int:
+    hidden_dim = int(dim * mlp_ratio)
+    if dim < 1 or hidden_dim < 1:
+        raise ValueError(f"expected dim and int(dim * mlp_ratio) >= 1, got {dim=}, {mlp_ratio=}")
+    return hidden_dim
+
+
+def _init_linears_(*linears: nn.Linear) -> None:
+    for linear in linears:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+
+
+# --- what surgery puts into a model that has an MLP ---
+
+
+def conv_around_activation(
     dim: int,
     *,
     kernel_size: int = 3,
@@ -104,7 +183,7 @@ def conv_before_activation(
     bias: bool = True,
     impl: Impl | str | None = None,
 ) -> DWConv:
-    """What ``mix_ffn`` adds to an MLP without a convolution: ``x + conv(x)``."""
+    """What ``mix_ffn`` adds before or after the activation of an MLP: ``x + conv(x)``."""
     return DWConv(dim, kernel_size, dilation=dilation, bias=bias, residual=True, impl=impl)
 
 
@@ -113,3 +192,15 @@ def second_kernel(
 ) -> DWConv:
     """What ``mix_ffn`` adds to an MLP with a convolution: a kernel beside the one it has."""
     return DWConv(dim, kernel_size, dilation=dilation, bias=bias)
+
+
+def separable_branch(
+    dim: int,
+    *,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    bias: bool = True,
+    impl: Impl | str | None = None,
+) -> SeparableConv:
+    """What ``separable_ffn`` puts beside an MLP or attention, or in place of attention."""
+    return SeparableConv(dim, kernel_size, dilation=dilation, bias=bias, impl=impl)

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokenconv.blocks.ffn import MixFFN, conv_before_activation, second_kernel
+from tokenconv.blocks.ffn import (
+    MixFFN,
+    SeparableFFN,
+    conv_around_activation,
+    second_kernel,
+    separable_branch,
+)
+from tokenconv.blocks.position import PEG
 from tokenconv.errors import UnknownNameError
 
 
@@ -29,10 +36,11 @@ class BlockInfo:
     parity_test: str
     """The pytest node that proves the block equal to code we did not write."""
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
-    """Where surgery can put it: from a mode to ``fragment(dim, **kwargs)``, which builds only what
-    is new, ``dim`` being the hidden width of the model's own MLP. ``inside``: goes in front of the
-    activation, maps tokens to tokens like a block, and is the identity when its parameters are
-    zero. ``merge``: a ``DWConv`` whose kernel is added to that of the MLP's own convolution."""
+    """Where surgery can put it, the usual place first: from a site to ``fragment(dim, **kwargs)``,
+    which builds only what is new. A fragment maps tokens to tokens like a block and has
+    ``init_neutral_()``, after which it returns its input where it stands ``before_`` or ``after_``
+    something, and zero ``beside_`` something. ``dim`` is the width of the tokens at the site. For
+    ``merge_conv`` it is a ``DWConv`` whose kernel is added to that of the MLP's own convolution."""
 
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
@@ -44,7 +52,33 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
             prefix_policy="skip the convolution",
             kind="tokens",
             parity_test="tests/blocks/test_ffn.py::test_mix_ffn_matches_timm",
-            sites={"inside": conv_before_activation, "merge": second_kernel},
+            sites={
+                "before_act": conv_around_activation,
+                "after_act": conv_around_activation,
+                "merge_conv": second_kernel,
+            },
+        ),
+        "peg": BlockInfo(
+            factory=PEG,
+            group="position",
+            paper="https://arxiv.org/abs/2102.10882",
+            prefix_policy="pass unchanged",
+            kind="tokens",
+            parity_test="tests/blocks/test_position.py::test_peg_matches_timm",
+            sites={"after_block": PEG, "before_block": PEG, "before_attn": PEG},
+        ),
+        "separable_ffn": BlockInfo(
+            factory=SeparableFFN,
+            group="ffn",
+            paper="https://arxiv.org/abs/1704.04861",
+            prefix_policy="skip the depthwise part",
+            kind="tokens",
+            parity_test="tests/blocks/test_ffn.py::test_separable_ffn_is_its_formula",
+            sites={
+                "beside_mlp": separable_branch,
+                "beside_attn": separable_branch,
+                "replace_attn": separable_branch,
+            },
         ),
     }
 )

@@ -1,5 +1,6 @@
 """Modules that own parameters and call one op."""
 
 from tokenconv.layers.depthwise import DWConv
+from tokenconv.layers.separable import SeparableConv
 
-__all__ = ["DWConv"]
+__all__ = ["DWConv", "SeparableConv"]

@@ -74,6 +74,11 @@ class DWConv(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / self.kernel_size, 1 / self.kernel_size)
 
+    def init_neutral_(self) -> None:
+        """Make the convolution zero, so that with ``residual`` the output equals the input."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
         """Convolve the tokens.
 

@@ -1,11 +1,12 @@
 """How the grid reaches a convolution inside a model whose blocks are called with tokens alone.
 
-The module that makes the grid (the *source*, a patch embedding) is hooked. The container of the
-blocks takes over what the hook noted and binds it to every block it hands out, so that each call
-of a block carries the grid of its own forward pass: also when gradient checkpointing repeats the
-call later, in another thread, after another forward of another size.
+A module that makes a grid (a *source*, a patch embedding) is hooked. The containers of the blocks
+take over what the hook noted and bind it to every block they hand out, so that each call of a
+block carries the grids of its own forward pass: also when gradient checkpointing repeats the call
+later, in another thread, after another forward of another size. A container inside a block that
+is running binds what the running block is bound to.
 
-The grid travels as the shape of a tensor without elements. Integers read from a context are
+A grid travels as the shape of a tensor without elements. Integers read from a context are
 constants for ``torch.compile`` and ``torch.export``; a tensor's shape stays symbolic.
 
 Eager state is kept per thread. Under ``torch.compile`` it is a plain attribute, since Dynamo
@@ -14,127 +15,118 @@ checkpointed regions must not have side effects.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.models.pit import SequentialTuple
 from torch import Tensor, nn
 
-from tokenconv.errors import GridError, SurgeryError
-from tokenconv.grid import TokenGrid
+from tokenconv.errors import SurgeryError
+from tokenconv.surgery.families import Source
+
+Carriers = dict[str, Tensor]
+"""Grids of one forward pass, by source: tensors ``(0, H, W)``."""
 
 
 class _EagerState(threading.local):
-    pending: Tensor | None = None
-    """Noted by the source, not yet taken over by the container."""
-    scope: Tensor | None = None
-    """Grid of the block that is running."""
+    def __init__(self) -> None:
+        self.pending: Carriers = {}
+        """Noted by a source, not yet taken over by a container."""
+        self.scope: Carriers = {}
+        """Grids of the block that is running."""
 
 
 class _TracedState:
-    pending: Tensor | None = None
-    current: Tensor | None = None
+    def __init__(self) -> None:
+        self.pending: Carriers = {}
+        self.current: Carriers = {}
 
 
 class GridBinding:
-    """Carries the grid from one source to the convolutions of one container.
+    """Carries the grids from the sources of one model to the convolutions in its blocks."""
 
-    Args:
-        num_prefix_tokens: The most prefix tokens the model puts in front of the grid.
-    """
-
-    def __init__(self, num_prefix_tokens: int):
-        self.__setstate__({"num_prefix_tokens": num_prefix_tokens})
+    def __init__(self) -> None:
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"num_prefix_tokens": self.num_prefix_tokens}
+        return {"of": "one model"}  # not empty, or copies would skip __setstate__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also how deepcopy and pickle make one: a copy never shares a forward in flight."""
-        self.num_prefix_tokens: int = state["num_prefix_tokens"]
         self._eager = _EagerState()
         self._traced = _TracedState()
 
-    def note(self, source: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        """Forward hook of the source, a ``timm.layers.PatchEmbed``."""
-        rows, cols = source.dynamic_feat_size(args[0].shape[-2:])  # pyright: ignore
-        carrier = out.new_empty((0, rows, cols))
+    def note(self, key: str, carrier: Tensor) -> None:
+        """Keep the grid of a source until a container takes it over."""
         if torch.compiler.is_compiling():
-            self._traced.pending = carrier
+            self._traced.pending = {**self._traced.pending, key: carrier}
         else:
-            self._eager.pending = carrier
+            self._eager.pending = {**self._eager.pending, key: carrier}
 
     def clear(self, model: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
         """Forward hook and pre-hook of the model: no forward pass leaves anything behind."""
         if torch.compiler.is_compiling():
-            self._traced.pending = self._traced.current = None
+            self._traced.pending, self._traced.current = {}, {}
         else:
-            self._eager.pending = self._eager.scope = None
+            self._eager.pending, self._eager.scope = {}, {}
 
     def bind(self, blocks: list[nn.Module]) -> list[Any]:
-        """Tie the pending grid to the blocks of the forward pass that begins now."""
+        """Tie the grids of the forward pass that is running to the blocks of a container."""
         if torch.compiler.is_compiling():
-            pending, self._traced.pending = self._traced.pending, None
-            if pending is not None:
-                self._traced.current = pending
+            if pending := self._traced.pending:
+                self._traced.current = {**self._traced.current, **pending}
+                self._traced.pending = {}
             return blocks
-        pending, self._eager.pending = self._eager.pending, None
-        if pending is None:  # noted by a compiled source, when the graph broke behind it
-            pending, self._traced.pending = self._traced.pending, None
-        if pending is None:
-            return blocks
-        return [_BoundBlock(self, block, pending) for block in blocks]
+        pending, self._eager.pending = self._eager.pending, {}
+        if not pending:  # noted by a compiled source, when the graph broke behind it
+            pending, self._traced.pending = self._traced.pending, {}
+        carriers = {**self._eager.scope, **pending}
+        return [_BoundBlock(self, block, carriers) for block in blocks] if carriers else blocks
 
-    def grid(self, x: Tensor) -> TokenGrid:
-        """The grid of the tokens that a convolution was just given.
-
-        Args:
-            x: Tokens ``(B, N, C)``.
+    def carrier(self, key: str) -> Tensor:
+        """The grid of a source in the forward pass that is running, as a tensor ``(0, H, W)``.
 
         Raises:
-            SurgeryError: If no source has run in front of this convolution.
-            GridError: If the tokens do not fill the grid.
+            SurgeryError: If the source has not run in front of the block.
         """
-        carrier = self._eager.scope
-        if carrier is None and torch.compiler.is_compiling():
-            carrier = self._traced.current
-        if carrier is None:
+        carriers = self._eager.scope
+        if not carriers and torch.compiler.is_compiling():
+            carriers = self._traced.current
+        if key not in carriers:
             raise SurgeryError(
                 "no grid is known here: a block was called by itself. Call the model, or iterate "
                 "over its container of blocks after its patch embedding"
             )
-        return _grid_from_carrier(carrier, x, self.num_prefix_tokens)
+        return carriers[key]
 
 
-def _grid_from_carrier(carrier: Tensor, x: Tensor, most_prefix_tokens: int) -> TokenGrid:
-    """One fx node: the check in it cannot be traced symbolically."""
-    num_tokens, rows, cols = x.shape[1], carrier.shape[1], carrier.shape[2]
-    if torch.jit.is_tracing():  # sizes are tensors then
-        num_tokens, rows, cols = int(num_tokens), int(rows), int(cols)
-    num_prefix_tokens = num_tokens - rows * cols
-    if num_prefix_tokens < 0 or num_prefix_tokens > most_prefix_tokens:
-        raise GridError(
-            f"expected {rows}*{cols} tokens and up to {most_prefix_tokens} prefix tokens, got "
-            f"{x.shape[1]} (shape {tuple(x.shape)}). Dropped or masked tokens hide the grid"
-        )
-    return TokenGrid((rows, cols), num_prefix_tokens)
+class NoteGrid:
+    """Forward hook of a module that makes a grid."""
 
+    def __init__(self, binding: GridBinding, key: str, source: Source):
+        self.binding = binding
+        self.key = key
+        self.source = source
 
-torch.fx.wrap("_grid_from_carrier")
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """Note the grid."""
+        rows, cols = self.source.size(module, args, out)
+        tokens = out[0] if isinstance(out, (tuple, list)) else out
+        self.binding.note(self.key, tokens.new_empty((0, rows, cols)))
 
 
 class _BoundBlock:
-    """A block together with the grid of one forward pass; made anew for every pass."""
+    """A block together with the grids of one forward pass; made anew for every pass."""
 
-    def __init__(self, binding: GridBinding, block: nn.Module, carrier: Tensor):
+    def __init__(self, binding: GridBinding, block: nn.Module, carriers: Carriers):
         self._binding = binding
         self._block = block
-        self._carrier = carrier
+        self._carriers = carriers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         eager = self._binding._eager
-        outer, eager.scope = eager.scope, self._carrier
+        outer, eager.scope = eager.scope, self._carriers
         try:
             return self._block(*args, **kwargs)
         finally:
@@ -144,25 +136,15 @@ class _BoundBlock:
         return getattr(self._block, name)
 
 
-class CaptureSequential(nn.Sequential):
-    """The container of a model's blocks while blocks of ours are in it.
+class _Capture(nn.Module):
+    """A container of blocks that binds the grid to the blocks it hands out.
 
-    An ``nn.Sequential`` becomes one by ``capture`` and is turned back by ``release``; keys,
-    indices and slices stay as they were.
+    A container becomes one by ``capture`` and is turned back by ``release``; its keys, indices and
+    slices stay as they were.
     """
 
+    _plain: type[nn.Module]
     _binding: GridBinding
-
-    @staticmethod
-    def capture(container: nn.Sequential, binding: GridBinding) -> None:
-        """Let ``container`` bind the grid to the blocks it hands out."""
-        container.__class__ = CaptureSequential
-        container._binding = binding  # pyright: ignore
-
-    def release(self) -> None:
-        """Turn the container into what it was."""
-        del self._binding
-        self.__class__ = nn.Sequential  # pyright: ignore
 
     def _bound(self) -> list[Any]:
         return self._binding.bind(list(self._modules.values()))  # pyright: ignore
@@ -178,12 +160,55 @@ class CaptureSequential(nn.Sequential):
         blocks = list(self._modules.items())[index]
         if not isinstance(index, slice):
             return blocks[1]
-        part = nn.Sequential(OrderedDict(blocks))
-        CaptureSequential.capture(part, self._binding)
+        part = self._plain()
+        for name, block in blocks:
+            part.add_module(name, block)  # pyright: ignore[reportArgumentType]
+        capture(part, self._binding)
         return part
+
+
+class CaptureSequential(_Capture, nn.Sequential):
+    """An ``nn.Sequential`` while blocks of ours are in it."""
+
+    _plain = nn.Sequential
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the blocks in order."""
         for block in self._bound():
             input = block(input)
         return input
+
+
+class CaptureSequentialTuple(_Capture, SequentialTuple):
+    """PiT's stages while blocks of ours are in them."""
+
+    _plain = SequentialTuple
+
+
+class CaptureModuleList(_Capture, nn.ModuleList):
+    """An ``nn.ModuleList`` while blocks of ours are in it."""
+
+    _plain = nn.ModuleList
+
+
+_CAPTURES = {
+    cls._plain: cls for cls in (CaptureSequential, CaptureSequentialTuple, CaptureModuleList)
+}
+
+
+def can_capture(module: nn.Module) -> bool:
+    """Whether a module is a container whose blocks can be bound."""
+    return type(module) in _CAPTURES
+
+
+def capture(container: nn.Module, binding: GridBinding) -> None:
+    """Let a container bind the grid to the blocks it hands out."""
+    container.__class__ = _CAPTURES[type(container)]
+    vars(container)["_binding"] = binding
+
+
+def release(container: nn.Module) -> None:
+    """Turn a captured container into what it was; leave any other module alone."""
+    if isinstance(container, _Capture):
+        del container._binding
+        container.__class__ = container._plain  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,8 +1,8 @@
-"""One change at one site, and how it is made to a live model and taken back."""
+"""One change at one site, and how changes are made to a live model and taken back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,100 +11,127 @@ from torch.utils.hooks import RemovableHandle
 from tokenconv.blocks.registry import block_info
 from tokenconv.errors import SurgeryError
 from tokenconv.layers import DWConv
-from tokenconv.surgery.binding import CaptureSequential, GridBinding
-from tokenconv.surgery.families import Site, family_of
-from tokenconv.surgery.fragments import ConvAct, MergedConv, RemovedConv, Replacement
+from tokenconv.surgery.binding import GridBinding, NoteGrid, can_capture, capture, release
+from tokenconv.surgery.fragments import (
+    AroundAct,
+    MergedConv,
+    RemovedConv,
+    ReplacedAttention,
+    Replacement,
+    attach,
+)
+from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout
+from tokenconv.surgery.sites import Place, has_values, locate
 
 NONE = "none"
 """The name that stands for no block: it takes out the convolution that an MLP has."""
+
+_CHILDREN = {
+    "before": "before",
+    "after": "after",
+    "beside": "beside",
+    "replace": "instead",
+    "merge": "added",
+}
+"""From the first word of a site to the name of the inserted child."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """One change at one site of a model."""
 
-    name: str
-    """The module that is replaced."""
+    site: str
+    """Such as ``before_act``; a key of ``sites.SITES``."""
+    place: Place
     block: str
     """A key of ``BLOCKS``, or ``"none"``."""
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     """Keyword arguments of the block."""
-    mode: Literal["inside", "merge", "remove"]
-    """``inside``: the block stands in front of the MLP's activation. ``merge``: its kernel is added
-    to the convolution that the MLP has. ``remove``: that convolution is taken out."""
-    dim: int
-    """Hidden width of the MLP."""
     exact: bool
     """Whether the output of the model stays as it was."""
     added_params: int = 0
-    """Parameters added; negative where a convolution is taken out."""
+    """Parameters added; negative where something is taken out."""
     added_macs: int = 0
     """Multiply-accumulates added for one image."""
 
+    @property
+    def inserted(self) -> str | None:
+        """Name of the module that is inserted; None where something is only taken out."""
+        child = _CHILDREN.get(self.site.partition("_")[0])
+        return f"{self.place.host}.{child}" if child else None
 
-def edit_for(site: Site, block: str, kwargs: dict[str, Any]) -> Edit:
+
+def edit_for(model: nn.Module, place: Place, site: str, block: str, kwargs: dict[str, Any]) -> Edit:
     """What it takes to put a block at a site.
 
     Raises:
         SurgeryError: If the block does not fit the site.
         ValueError: If an argument does not fit the block.
     """
+    exact = site not in ("replace_attn", "remove_conv")
     if block == NONE:
         if kwargs:
             raise SurgeryError(f'"none" takes no arguments, got {", ".join(kwargs)}')
-        if site.conv is None:
-            raise SurgeryError(f"{site.name} is no convolution, so there is nothing to take out")
-        mode, exact = "remove", False
-    elif site.conv is None:
-        mode, exact = "inside", True
     else:
-        mode = "merge"
-        added = _build(site.name, block, mode, site.dim, kwargs)
-        own_side = site.conv.kernel_size[0]
-        if not isinstance(added, DWConv) or added.kernel_size < own_side:
-            raise SurgeryError(
-                f"{added} cannot be added to the convolution of side {own_side} at {site.name}; "
-                f"take kernel_size >= {own_side}"
-            )
-        exact = added.dilation == site.conv.dilation[0]
-    return Edit(name=site.name, block=block, kwargs=kwargs, mode=mode, dim=site.dim, exact=exact)
+        added = _build(place, site, block, kwargs)
+        if site == "merge_conv":
+            own: Any = model.get_submodule(place.host)
+            side = own.kernel_size[0]
+            if not isinstance(added, DWConv) or added.kernel_size < side:
+                raise SurgeryError(
+                    f"{added} cannot be added to the convolution of side {side} at {place.host}; "
+                    f"take kernel_size >= {side}"
+                )
+            exact = added.dilation == own.dilation[0]
+    return Edit(site=site, place=place, block=block, kwargs=kwargs, exact=exact)
 
 
 @dataclass
 class Insertion:
     """What a model under surgery remembers, as its attribute ``_tokenconv``."""
 
-    edits: tuple[Edit, ...]
+    plan: Any
+    """The plan that was carried out."""
+    folded: bool = False
+    """Whether ``fold_`` has folded what was inserted."""
+    attached: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Modules that were given a child, and its name."""
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
-def carry_out(model: nn.Module, edits: Sequence[Edit]) -> None:
+def insertion_of(model: nn.Module) -> Insertion:
+    """What was inserted into a model.
+
+    Raises:
+        SurgeryError: If nothing was.
+    """
+    if "_tokenconv" not in vars(model):
+        raise SurgeryError(
+            "nothing is inserted in this model; if it is wrapped, pass the module that insert_ got"
+        )
+    return vars(model)["_tokenconv"]
+
+
+def inserted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The inserted blocks in a model, by name."""
+    return {name: m for name, m in model.named_modules() if "tokenconv_site" in vars(m)}
+
+
+def carry_out(model: nn.Module, edits: Sequence[Edit], plan: Any = None) -> None:
     """Make the changes; either all of them or, after an error, none.
 
     Raises:
         SurgeryError: If the model does not look as the edits expect.
     """
-    source = family_of(model).grid_source(model)
-    binding = GridBinding(source.num_prefix_tokens) if source else None
-    container = model.get_submodule(source.container) if source else None
-    if container is not None and type(container) is not nn.Sequential:
-        raise SurgeryError(
-            f"{source.container if source else ''} is a {type(container).__name__}; expected a "
-            f"plain nn.Sequential, whose blocks can be bound to their grid"
-        )
+    binding = GridBinding()
     with torch.inference_mode(False):  # or the new parameters could never be trained
-        replacements = {edit.name: _replacement(model, edit, binding) for edit in edits}
-    insertion = model._tokenconv = Insertion(tuple(edits))  # pyright: ignore
+        blocks = [_block_for(model, edit) for edit in edits]
+    insertion = Insertion(plan)
+    vars(model)["_tokenconv"] = insertion
     try:
-        for name, replacement in replacements.items():
-            model.set_submodule(name, replacement)
-        if source and binding and isinstance(container, nn.Sequential):
-            CaptureSequential.capture(container, binding)
-            insertion.handles += [
-                model.get_submodule(source.module).register_forward_hook(binding.note),
-                model.register_forward_pre_hook(binding.clear),
-                model.register_forward_hook(binding.clear),
-            ]
+        for edit, block in zip(edits, blocks, strict=True):
+            _place(model, edit, block, _layout(edit.place, binding), insertion)
+        _bind(model, [edit.place for edit in edits], binding, insertion)
         insertion.handles.append(model.register_load_state_dict_pre_hook(_accept_plain_checkpoint))
     except BaseException:
         take_back(model)
@@ -113,47 +140,122 @@ def carry_out(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 def take_back(model: nn.Module) -> None:
     """Put the model's own modules back, with their parameters as they are now."""
-    insertion: Insertion = model._tokenconv  # pyright: ignore[reportAssignmentType]
+    insertion = insertion_of(model)
     modules = dict(model.named_modules())
     originals = {n: m.release() for n, m in modules.items() if isinstance(m, Replacement)}
     for name, original in originals.items():
         model.set_submodule(name, original)
     for module in modules.values():
-        if isinstance(module, CaptureSequential):
-            module.release()
+        release(module)
+    for host, child in insertion.attached:
+        delattr(host, child)
     for handle in insertion.handles:
         handle.remove()
     del model._tokenconv
 
 
-def _replacement(model: nn.Module, edit: Edit, binding: GridBinding | None) -> Replacement:
-    """What will stand at the site, on the device and in the dtype of its MLP."""
-    mlp = model.get_submodule(edit.name.rpartition(".")[0])
-    own = model.get_submodule(edit.name)
-    if edit.mode == "remove":
-        assert isinstance(own, nn.Conv2d)
-        return RemovedConv(own).train(model.training)
-    like = next(mlp.parameters())
-    added = _build(edit.name, edit.block, edit.mode, edit.dim, edit.kwargs)
-    added = added.to(like.dtype).to_empty(device=like.device)
-    if edit.mode == "merge":
-        assert isinstance(own, nn.Conv2d)
-        assert isinstance(added, DWConv)
-        return MergedConv(own, added).train(model.training)
-    assert binding is not None
-    return ConvAct(own, added, binding).train(model.training)
+def _layout(place: Place, binding: GridBinding) -> Layout:
+    if place.source is None:
+        return ChannelsLastMap()
+    return CarriedGrid(
+        binding, place.source, place.halvings, place.rounds_up, place.num_prefix_tokens
+    )
 
 
-def _build(name: str, block: str, mode: str, dim: int, kwargs: dict[str, Any]) -> nn.Module:
-    """A fragment without values, so that no random numbers are drawn."""
-    factories = block_info(block).sites
-    if mode not in factories:
-        raise SurgeryError(f"{block} has no form that fits {name}, which takes {mode!r}")
+def _place(
+    model: nn.Module, edit: Edit, block: nn.Module | None, layout: Layout, insertion: Insertion
+) -> None:
+    name = edit.place.host
+    host = model.get_submodule(name)
+    if edit.site == "remove_conv":
+        model.set_submodule(name, RemovedConv(host).train(host.training))
+        return
+    assert block is not None
+    block.train(host.training)
+    if edit.site in ("before_act", "after_act") and not has_values(_activation(host)):
+        if not isinstance(host, AroundAct):
+            host = AroundAct(host, layout).train(host.training)
+            model.set_submodule(name, host)
+        setattr(host, edit.site.partition("_")[0], block)
+    elif edit.site == "merge_conv":
+        assert isinstance(host, nn.Conv2d)
+        assert isinstance(block, DWConv)
+        model.set_submodule(name, MergedConv(host, block).train(host.training))
+    elif edit.site == "replace_attn":
+        replaced = ReplacedAttention(host, block, layout)
+        model.set_submodule(name, replaced.train(host.training))
+    else:
+        position = edit.site.partition("_")[0]
+        if hasattr(host, position):
+            raise SurgeryError(f"{name} has an attribute {position!r} already")
+        insertion.attached.append((host, position))
+        insertion.handles.append(attach(host, position, block, layout))
+
+
+def _activation(host: nn.Module) -> nn.Module:
+    return host.act if isinstance(host, AroundAct) else host
+
+
+def _bind(
+    model: nn.Module, places: Sequence[Place], binding: GridBinding, insertion: Insertion
+) -> None:
+    """Hook the sources, and the containers on the way from the model to the places."""
+    carried = [place for place in places if place.source is not None]
+    if not carried:
+        return
+    root_name, family = locate(model)
+    root = model.get_submodule(root_name)
+    for key in sorted({place.source or "" for place in carried}):
+        source = family.sources[key]
+        hook = NoteGrid(binding, key, source)
+        insertion.handles.append(root.get_submodule(source.module).register_forward_hook(hook))
+    insertion.handles += [
+        root.register_forward_pre_hook(binding.clear),
+        root.register_forward_hook(binding.clear),
+    ]
+    for name in sorted({above for place in carried for above in _above(place.host)}):
+        container = model.get_submodule(name)
+        # A list of lists is indexed or zipped before its grids are made; the inner lists bind.
+        nested = all(isinstance(child, nn.ModuleList) for child in container.children())
+        if can_capture(container) and not nested:
+            capture(container, binding)
+
+
+def _above(name: str) -> Iterable[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _block_for(model: nn.Module, edit: Edit) -> nn.Module | None:
+    """The block to insert, on the device and in the dtype of the module it is for."""
+    if edit.block == NONE:
+        return None
+    above = [edit.place.host, *_above(edit.place.host)]
+    like = next(p for name in above for p in model.get_submodule(name).parameters())
+    block = _build(edit.place, edit.site, edit.block, edit.kwargs)
+    block = block.to(like.dtype).to_empty(device=like.device)
+    vars(block)["tokenconv_site"] = edit.site
+    if edit.site == "replace_attn":
+        block.reset_parameters()  # pyright: ignore[reportCallIssue]
+    else:
+        # timm's model.init_weights() calls it last, and would leave random kernels
+        vars(block)["init_weights"] = block.init_neutral_
+        block.init_neutral_()  # pyright: ignore[reportCallIssue]
+    return block
+
+
+def _build(place: Place, site: str, block: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """A fragment without values, so that planning draws no random numbers."""
+    fragments = block_info(block).sites
+    if site not in fragments:
+        raise SurgeryError(f"{block} has no form for {site}; it goes {' or '.join(fragments)}")
     try:
         with torch.device("meta"):
-            return factories[mode](dim, **kwargs)
+            return fragments[site](place.dim, **kwargs)
     except TypeError as error:
-        raise SurgeryError(f"{block} at {name} does not take these arguments: {error}") from error
+        raise SurgeryError(
+            f"{block} at {place.host} does not take these arguments: {error}"
+        ) from error
 
 
 def _accept_plain_checkpoint(
@@ -165,10 +267,9 @@ def _accept_plain_checkpoint(
     them is one of a hybrid and has to have them all.
     """
     inserted = {
-        f"{prefix}{name}.{module.fragment}.{key}": value
-        for name, module in model.named_modules()
-        if isinstance(module, Replacement) and module.fragment
-        for key, value in module.get_submodule(module.fragment).state_dict().items()
+        f"{prefix}{name}.{key}": value
+        for name, module in inserted_modules(model).items()
+        for key, value in module.state_dict().items()
     }
     has_values = not any(value.is_meta for value in inserted.values())
     if has_values and not inserted.keys() & state_dict.keys():

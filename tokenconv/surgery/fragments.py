@@ -1,54 +1,93 @@
-"""Modules that stand where a model's own module stood, and give it back on removal.
+"""How an inserted block is fastened to a model, so that every part of the model keeps its name.
 
-Each keeps the parameters of what it replaces under their old names, so that a checkpoint of the
-unmodified model still fits.
+A block stands beside, before or after a module as its child, called by a hook of that module; or a
+module of ours takes the place of an activation, a convolution or an attention, and gives it back
+on removal.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenconv.layers import DWConv
-from tokenconv.surgery.binding import GridBinding
+from tokenconv.surgery.layouts import Layout
+
+
+class Hook:
+    """Calls the inserted child of a module, in the layout of its tokens."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+
+class Before(Hook):
+    """Forward pre-hook: ``module(block(x))``."""
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with new tokens."""
+        return (self.layout.call(host.before, args[0]), *args[1:])  # pyright: ignore
+
+
+class After(Hook):
+    """Forward hook: ``block(module(x))``; what is returned beside the tokens stays."""
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        """The result with new tokens."""
+        if isinstance(out, (tuple, list)):
+            return type(out)((self.layout.call(host.after, out[0]), *out[1:]))  # pyright: ignore
+        return self.layout.call(host.after, out)  # pyright: ignore[reportArgumentType]
+
+
+class Beside(Hook):
+    """Forward hook: ``module(x) + block(x)``."""
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """The sum."""
+        branch = self.layout.call(host.beside, args[0])  # pyright: ignore[reportArgumentType]
+        return out + branch.to(out.dtype)
+
+
+def attach(host: nn.Module, position: str, block: nn.Module, layout: Layout) -> RemovableHandle:
+    """Let ``block`` run ``before``, ``after`` or ``beside`` a module, as its child of that name."""
+    host.add_module(position, block)
+    if position == "before":
+        return host.register_forward_pre_hook(Before(layout))
+    return host.register_forward_hook(After(layout) if position == "after" else Beside(layout))
 
 
 class Replacement(nn.Module):
-    """Stands in for ``original`` at one site of a model."""
+    """Stands where a model's own module stood.
 
-    fragment: ClassVar[str | None] = None
-    """Name of the child that holds what was added."""
+    Keeps the parameters of that module under their old names, so that a checkpoint of the
+    unmodified model still fits.
+    """
 
     def release(self) -> nn.Module:
         """The module that stood here before, with its parameters as they are now."""
         raise NotImplementedError  # every subclass has its own
 
-    def reset_parameters(self) -> None:
-        """Make the added modules do nothing again."""
-        if self.fragment:
-            for parameter in self.get_submodule(self.fragment).parameters():
-                nn.init.zeros_(parameter)
 
-    def init_weights(self) -> None:
-        """Called last by timm's ``model.init_weights()``, which would leave random kernels."""
-        self.reset_parameters()
+class AroundAct(Replacement):
+    """An MLP's activation with a block before it, after it, or both.
 
+    No hook does this, because ``torch.fx`` skips the hooks of activations.
+    """
 
-class ConvAct(Replacement):
-    """A convolution in front of the MLP's activation: ``act(conv(x))``."""
-
-    fragment = "conv"
-
-    def __init__(self, act: nn.Module, conv: nn.Module, binding: GridBinding):
+    def __init__(self, act: nn.Module, layout: Layout):
         super().__init__()
-        self.conv = conv
+        self.layout = layout
+        self.before: nn.Module | None = None
         self.act = act
-        self.binding = binding
-        self.reset_parameters()
+        self.after: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve the grid bound to this forward pass, then activate."""
-        return self.act(self.conv(x, self.binding.grid(x)))
+        """Convolve the tokens and activate them."""
+        if self.before is not None:
+            x = self.layout.call(self.before, x)
+        x = self.act(x)
+        return x if self.after is None else self.layout.call(self.after, x)
 
     def release(self) -> nn.Module:
         """The activation."""
@@ -62,55 +101,49 @@ class MergedConv(Replacement):
     runs. A larger second kernel zero-pads the first.
     """
 
-    fragment = "added"
-
     def __init__(self, conv: nn.Conv2d, added: DWConv):
         super().__init__()
         self.weight = conv.weight
         self.bias = conv.bias
         self.added = added
-        self.original = _Unregistered(conv)
+        self.original = Unregistered(conv)
         self.margin = (added.kernel_size - conv.kernel_size[0]) // 2
         self.padding = added.dilation * (added.kernel_size // 2)
-        self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve a map ``(B, C, H, W)``, in the memory layout it comes in."""
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """The kernel and the bias that the convolution takes."""
         weight = F.pad(self.weight, [self.margin] * 4) if self.margin else self.weight
-        weight = weight + self.added.weight
         bias = self.bias
         if self.added.bias is not None:
             bias = self.added.bias if bias is None else bias + self.added.bias
+        return weight + self.added.weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map ``(B, C, H, W)``, in the memory layout it comes in."""
+        weight, bias = self.merged()
+        dilation, groups = self.added.dilation, self.added.dim
         return F.conv2d(
-            x,
-            weight,
-            bias,
-            padding=self.padding,
-            dilation=self.added.dilation,
-            groups=self.added.dim,
-        )
+            x, weight, bias, padding=self.padding, dilation=dilation, groups=groups
+        )  # fmt: skip
 
     def release(self) -> nn.Module:
         """The convolution, without what was added to it."""
         conv = self.original.module
-        conv.weight, conv.bias = self.weight, self.bias
+        conv.weight, conv.bias = self.weight, self.bias  # pyright: ignore
         return conv.train(self.training)
 
 
-class RemovedConv(Replacement):
-    """Where a convolution was taken out of an MLP; its weights wait here, outside the model."""
+class _Vacancy(Replacement):
+    """Where a module was taken out of a model; its weights wait here, outside the model."""
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, original: nn.Module):
         super().__init__()
-        self.original = _Unregistered(conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pass the map on."""
-        return x
+        self.original = Unregistered(original)
 
     def release(self) -> nn.Module:
-        """The convolution that was taken out."""
-        return self.original.module.train(self.training)
+        """The module that was taken out."""
+        self.original.module.train(self.training)  # LeViT's attention returns nothing from it
+        return self.original.module
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self.original.module._apply(fn)
@@ -119,15 +152,39 @@ class RemovedConv(Replacement):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        names = [name for name in state_dict if name.startswith(prefix)]
+        ours = tuple(f"{prefix}{name}." for name in self._modules)
+        names = [
+            n for n in state_dict if n.startswith(prefix) and not (ours and n.startswith(ours))
+        ]
         waiting = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
         if waiting:
             self.original.module.load_state_dict(waiting)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _Unregistered:
+class RemovedConv(_Vacancy):
+    """Where an MLP's own convolution was taken out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass the map on."""
+        return x
+
+
+class ReplacedAttention(_Vacancy):
+    """A block in place of an attention."""
+
+    def __init__(self, attention: nn.Module, instead: nn.Module, layout: Layout):
+        super().__init__(attention)
+        self.layout = layout
+        self.instead = instead
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Mix the tokens; what attention is told besides (masks, positions) is not needed."""
+        return self.layout.call(self.instead, x)
+
+
+class Unregistered:
     """Holds a module without making it a child."""
 
-    def __init__(self, module: nn.Conv2d):
+    def __init__(self, module: nn.Module):
         self.module = module

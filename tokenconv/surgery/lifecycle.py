@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenconv.errors import SurgeryError
 from tokenconv.surgery.edits import carry_out, take_back
-from tokenconv.surgery.plans import Plan, check_fits, check_untouched, plan, rehearse
+from tokenconv.surgery.plans import Plan, check_fits, check_untouched, plan
 
 
 def insert_(
@@ -37,15 +37,14 @@ def insert_(
         if plan_kwargs:
             raise SurgeryError(f"a plan is complete: cannot add {', '.join(plan_kwargs)} to it")
         check_untouched(model)
-        check_fits(model, block)
-        rehearse(model, block)
+        block = check_fits(model, block)
     if not (block.exact or block.allow_change or allow_change):
         changed = next(edit for edit in block.edits if not edit.exact)
         raise SurgeryError(
-            f"{changed.block} at {changed.name} changes the output of the model; "
+            f"{changed.block} at {changed.place.host} changes the output of the model; "
             f"pass allow_change=True if that is wanted"
         )
-    carry_out(model, block.edits)
+    carry_out(model, block.edits, block)
     return model
 
 
@@ -61,7 +60,5 @@ def remove_(model: nn.Module) -> nn.Module:
     Raises:
         SurgeryError: If nothing is inserted.
     """
-    if "_tokenconv" not in vars(model):
-        raise SurgeryError("nothing is inserted in this model")
     take_back(model)
     return model

@@ -1,22 +1,33 @@
 """What would change in a model, worked out on a weightless copy of it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from operator import index
 from typing import Any
 
 from torch import nn
 
 from tokenconv.blocks import BLOCKS
-from tokenconv.costs import cost, meta_copy
+from tokenconv.costs import SiteCost, price
 from tokenconv.errors import MeasurementError, SurgeryError, UnknownNameError
 from tokenconv.surgery.edits import NONE, Edit, carry_out, edit_for
-from tokenconv.surgery.families import Site, family_of
+from tokenconv.surgery.sites import SITES, BlockSites, Place, Survey, survey
+
+FORMAT = 1
+"""Version of the JSON form of a plan."""
+
+Costs = Mapping[str, SiteCost]
+Blocks = int | slice | str | Iterable[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What ``insert_`` will do; print it to see every site before anything changes."""
+    """What ``insert_`` will do; print it to see every site before anything changes.
+
+    Plans for the same model add up: ``plan(model, "peg", blocks=0) + plan(model, "mix_ffn")``.
+    """
 
     model_class: str
     """Class of the timm model that the plan was made for."""
@@ -33,7 +44,7 @@ class Plan:
 
     @property
     def added_params(self) -> int:
-        """Parameters added in all; negative where a convolution is taken out."""
+        """Parameters added in all; negative where something is taken out."""
         return sum(edit.added_params for edit in self.edits)
 
     @property
@@ -41,14 +52,29 @@ class Plan:
         """Multiply-accumulates added for one image."""
         return sum(edit.added_macs for edit in self.edits)
 
+    def __add__(self, other: "Plan") -> "Plan":
+        if not isinstance(other, Plan):
+            return NotImplemented
+        if (self.model_class, self.input_size) != (other.model_class, other.input_size):
+            raise SurgeryError(
+                f"plans for {self.model_class} {self.input_size} and {other.model_class} "
+                f"{other.input_size} cannot be joined; make both for the same model"
+            )
+        return replace(
+            self,
+            edits=_without_conflict(self.edits + other.edits),
+            allow_change=self.allow_change or other.allow_change,
+        )
+
     def __str__(self) -> str:
-        width = max(len(edit.name) for edit in self.edits)
+        names = [edit.inserted or edit.place.host for edit in self.edits]
+        width = max(len(name) for name in names)
         lines = [f"{self.model_class}, one image of {'x'.join(str(s) for s in self.input_size)}"]
-        for edit in self.edits:
+        for name, edit in zip(names, self.edits, strict=True):
             arguments = ", ".join(f"{key}={value!r}" for key, value in edit.kwargs.items())
             lines.append(
-                f"  {edit.name:<{width}}  {edit.mode:<6}  {edit.block}({arguments})"
-                f"  dim {edit.dim}  params {edit.added_params:+,}  MACs {edit.added_macs:+,}"
+                f"  {name:<{width}}  {edit.block}({arguments})"
+                f"  dim {edit.place.dim}  params {edit.added_params:+,}  MACs {edit.added_macs:+,}"
             )
         lines.append(
             f"  {len(self.edits)} sites, params {self.added_params:+,}, MACs {self.added_macs:+,}; "
@@ -56,12 +82,50 @@ class Plan:
         )
         return "\n".join(lines)
 
+    def to_json(self) -> str:
+        """The plan as JSON text, for ``from_json``.
+
+        Raises:
+            SurgeryError: If an argument of a block has no JSON form.
+        """
+        content = {"format": FORMAT, **asdict(self)}
+        try:
+            return json.dumps(content, indent=2) + "\n"
+        except TypeError as error:
+            raise SurgeryError(f"an argument of a block has no JSON form: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            SurgeryError: If the text is no plan, or one of another version.
+        """
+        try:
+            content = json.loads(text)
+            if (version := content.pop("format", None)) != FORMAT:
+                raise SurgeryError(f"expected a plan of format {FORMAT}, got {version!r}")
+            edits = tuple(
+                Edit(**{**edit, "place": Place(**edit["place"])}) for edit in content["edits"]
+            )
+            made = cls(**{**content, "edits": edits, "input_size": tuple(content["input_size"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, SurgeryError):
+                raise
+            raise SurgeryError(f"this is no plan of tokenconv: {error}") from error
+        for edit in made.edits:
+            if edit.site not in SITES:
+                raise UnknownNameError("site", edit.site, SITES)
+        return made
+
 
 def plan(
     model: nn.Module,
     block: str,
     *,
-    blocks: int | slice | Iterable[int] | None = None,
+    blocks: Blocks = None,
+    site: str | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     allow_change: bool = False,
     **block_kwargs: Any,
 ) -> Plan:
@@ -71,55 +135,95 @@ def plan(
     forward pass, on the tokens of its grid.
 
     Args:
-        model: A live timm ``VisionTransformer`` or ``PyramidVisionTransformerV2``.
+        model: A live timm model with token blocks, or a module that holds one.
         block: A key of ``BLOCKS``; ``"none"`` takes out the convolution that an MLP has.
         blocks: Transformer blocks to change, by index, slice or several indices, counted through
-            all stages; None takes all.
+            all stages, or by a regular expression searched in their names; None takes all that
+            have the site.
+        site: Where in a block: ``before_act`` or ``after_act`` (inside the MLP; in a gated one the
+            gate half), ``beside_mlp``, ``before_attn``, ``beside_attn``, ``before_block``,
+            ``after_block``, or ``replace_attn``, which changes the output. None takes the usual
+            place of the block; ``tokenconv list`` shows it.
+        filter_fn: ``filter_fn(module, name)`` says whether to change a Transformer block.
         allow_change: Permit ``insert_`` to change the output of the model.
-        **block_kwargs: Keyword arguments of what the block adds to an MLP: for ``mix_ffn``
-            ``kernel_size``, ``dilation`` and ``bias``.
+        **block_kwargs: Keyword arguments of what the block adds: for ``mix_ffn`` ``kernel_size``,
+            ``dilation``, ``bias`` and ``impl``.
 
     Returns:
         The plan, to be printed, and to be handed to ``insert_``.
 
     Raises:
-        UnknownNameError: If there is no such block.
+        UnknownNameError: If there is no such block or site.
         SurgeryError: If the model is of no known family, already changed, or takes no such block.
         ValueError: If an argument does not fit the block.
     """
     if block != NONE and block not in BLOCKS:
         raise UnknownNameError("block", block, [*BLOCKS, NONE])
+    if site is not None and site not in SITES:
+        raise UnknownNameError("site", site, SITES)
     check_untouched(model)
-    sites = _select(list(family_of(model).sites(model)), blocks)
+    found = survey(model)
+    chosen = _select(model, found.blocks, blocks, filter_fn)
+    edits: list[Edit] = []
+    refusals: list[str] = []
+    for candidate in chosen:
+        where = site or _usual_site(block, candidate)
+        if where in candidate.refusals:
+            refusals.append(candidate.refusals[where])
+            continue
+        for place in candidate.places[where]:
+            edits.append(edit_for(found.meta, place, where, block, block_kwargs))
+    everything = blocks is None and filter_fn is None
+    if refusals and not (everything and edits):
+        raise SurgeryError(f"{refusals[0]}, so {block} cannot go there")
     draft = Plan(
-        model_class=type(model).__name__,
-        input_size=_input_size(model),
-        edits=tuple(edit_for(site, block, block_kwargs) for site in sites),
+        model_class=type(model.get_submodule(found.root)).__name__,
+        input_size=found.input_size,
+        edits=tuple(edits),
         allow_change=allow_change,
     )
-    return rehearse(model, draft)
+    return rehearse(found, draft)
 
 
-def check_fits(model: nn.Module, made: Plan) -> None:
-    """Refuse a plan that was made for a model of another shape."""
-    if type(model).__name__ != made.model_class:
-        raise SurgeryError(
-            f"the plan was made for a {made.model_class}, got a {type(model).__name__}"
-        )
-    sites = {site.name: site for site in family_of(model).sites(model)}
+def check_fits(model: nn.Module, made: Plan) -> Plan:
+    """Refuse a plan that was made for a model of another shape; returns it rehearsed."""
+    found = survey(model)
+    model_class = type(model.get_submodule(found.root)).__name__
+    if model_class != made.model_class:
+        raise SurgeryError(f"the plan was made for a {made.model_class}, got a {model_class}")
+    places = {
+        (site, place.host): place
+        for candidate in found.blocks
+        for site, offered in candidate.places.items()
+        for place in offered
+    }
+    refusals = {
+        (site, candidate.name): reason
+        for candidate in found.blocks
+        for site, reason in candidate.refusals.items()
+    }
     for edit in made.edits:
-        if (site := sites.get(edit.name)) is None:
-            raise SurgeryError(f"the plan changes {edit.name}, which this model does not have")
-        fitting = edit_for(site, edit.block, edit.kwargs)
-        if (fitting.dim, fitting.mode, fitting.exact) != (edit.dim, edit.mode, edit.exact):
-            raise SurgeryError(
-                f"the plan expects {edit.mode} at {edit.name} with {edit.dim} channels, this model "
-                f"takes {fitting.mode} with {fitting.dim}"
+        expected, site = edit.place, edit.site
+        if (place := places.get((site, expected.host))) is None:
+            why = next(
+                (r for (s, n), r in refusals.items() if s == site and expected.host.startswith(n)),
+                "which this model does not have",
             )
+            raise SurgeryError(f"the plan changes {expected.host} ({site}): {why}")
+        if place != expected:
+            raise SurgeryError(
+                f"the plan expects {expected.dim} channels and {expected.num_prefix_tokens} prefix "
+                f"tokens at {expected.host}, this model has {place.dim} and "
+                f"{place.num_prefix_tokens}; or its grid is made in another way"
+            )
+        fitting = edit_for(found.meta, place, site, edit.block, dict(edit.kwargs))
+        if fitting.exact != edit.exact:
+            raise SurgeryError(f"{edit.block} at {expected.host} would change the output here")
+    return rehearse(found, made)
 
 
-def rehearse(model: nn.Module, draft: Plan) -> Plan:
-    """Carry a plan out on a weightless copy of the model.
+def rehearse(found: Survey, draft: Plan) -> Plan:
+    """Carry a plan out on a weightless copy of the model, which is used up.
 
     Returns:
         The plan, with what each edit adds.
@@ -127,63 +231,103 @@ def rehearse(model: nn.Module, draft: Plan) -> Plan:
     Raises:
         SurgeryError: If an insertion would not run exactly once, or the model not at all.
     """
-    names = [edit.name for edit in draft.edits]
-    input_size = _input_size(model)
+    edits = _without_conflict(draft.edits)
+    prefix = f"{found.root}." if found.root else ""
+    root = found.meta.get_submodule(found.root)
+    lost = {e.place.host for e in edits if e.site in ("merge_conv", "remove_conv", "replace_attn")}
+    inserted = {edit.inserted for edit in edits if edit.inserted}
     try:
-        copy = meta_copy(model)
-        before = cost(copy, input_size, sites=names).sites
-        carry_out(copy, draft.edits)
-        after = cost(copy, input_size, sites=names).sites
-    except MeasurementError as error:
+        before = price(root, found.input_size, sites=_inside(lost, prefix)).sites
+        carry_out(found.meta, edits)
+        names = _inside(lost | inserted, prefix)
+        after = price(root, found.input_size, sites=names).sites
+    except (MeasurementError, SurgeryError) as error:
         raise SurgeryError(f"the plan does not run on this model: {error}") from error
-    for name in names:
-        if after[name].calls != 1:
-            raise SurgeryError(
-                f"{name} would run {after[name].calls} times in a forward pass, expected once: "
-                f"the model does not call its modules as timm does"
-            )
-    edits = tuple(
-        replace(
-            edit,
-            added_params=after[edit.name].params - before[edit.name].params,
-            added_macs=after[edit.name].macs - before[edit.name].macs,
-        )
-        for edit in draft.edits
-    )
-    return replace(draft, edits=edits)
+    return replace(
+        draft, edits=tuple(_priced(edit, before, after, prefix) for edit in edits)
+    )  # fmt: skip
 
 
 def check_untouched(model: nn.Module) -> None:
     """Refuse a model that is already under surgery."""
-    if "_tokenconv" in vars(model):
+    if any("_tokenconv" in vars(module) for module in model.modules()):
         raise SurgeryError("this model already holds blocks of tokenconv; call remove_ first")
 
 
-def _select(sites: list[Site], blocks: int | slice | Iterable[int] | None) -> list[Site]:
-    count = len(sites)
+def _inside(names: Iterable[str], prefix: str) -> list[str]:
+    return sorted(name.removeprefix(prefix) for name in names)
+
+
+def _priced(
+    edit: Edit, before: Costs, after: Costs, prefix: str
+) -> Edit:  # fmt: skip
+    host = edit.place.host.removeprefix(prefix)
+    watched = host if host in after else (edit.inserted or "").removeprefix(prefix)
+    if after[watched].calls != 1:
+        raise SurgeryError(
+            f"{prefix}{watched} would run {after[watched].calls} times in a forward pass, expected "
+            f"once: the model does not call its modules as timm does"
+        )
+    params, macs = after[watched].params, after[watched].macs
+    if host in before:
+        params, macs = params - before[host].params, macs - before[host].macs
+    return replace(edit, added_params=params, added_macs=macs)
+
+
+def _without_conflict(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    """Refuse two edits that need the same place."""
+    taken: dict[tuple[str, str], Edit] = {}
+    for edit in edits:
+        position = edit.inserted or "convolution"
+        other = taken.setdefault((edit.place.host, position.rpartition(".")[2]), edit)
+        if other is not edit:
+            raise SurgeryError(
+                f"{other.block} and {edit.block} cannot both go to {edit.place.host} ({edit.site})"
+            )
+    return edits
+
+
+def _usual_site(block: str, candidate: BlockSites) -> str:
+    if block == NONE:
+        return "remove_conv"
+    sites = BLOCKS[block].sites
+    if "merge_conv" in sites and "merge_conv" in candidate.places:
+        return "merge_conv"
+    return next(iter(sites))
+
+
+def _select(
+    model: nn.Module,
+    offered: list[BlockSites],
+    blocks: Blocks,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> list[BlockSites]:
+    count = len(offered)
     if blocks is None:
-        chosen = sites
+        chosen = offered
     elif isinstance(blocks, slice):
-        chosen = sites[blocks]
+        chosen = offered[blocks]
+    elif isinstance(blocks, str):
+        try:
+            chosen = [block for block in offered if re.search(blocks, block.name)]
+        except re.error as error:
+            raise SurgeryError(f"{blocks!r} is no regular expression: {error}") from error
     else:
         try:
             wanted = [index(i) for i in (blocks if isinstance(blocks, Iterable) else [blocks])]
         except TypeError as error:
             raise SurgeryError(
-                f"expected an index, a slice or several indices as blocks, got {blocks!r}"
+                f"expected an index, a slice, several indices or a regular expression as blocks, "
+                f"got {blocks!r}"
             ) from error
         if bad := [i for i in wanted if not -count <= i < count]:
             raise SurgeryError(f"the model has blocks 0 to {count - 1}, asked for {bad}")
-        chosen = [sites[i] for i in sorted({i % count for i in wanted})]
+        chosen = [offered[i] for i in sorted({i % count for i in wanted})]
+    if filter_fn is not None:
+        chosen = [b for b in chosen if filter_fn(model.get_submodule(b.name), b.name)]
     if not chosen:
-        raise SurgeryError(f"blocks={blocks!r} selects none of the {count} blocks")
+        asked = "filter_fn" if filter_fn is not None else f"blocks={blocks!r}"
+        raise SurgeryError(
+            f"{asked} selects none of the {count} blocks, {offered[0].name} to {offered[-1].name}"
+        )
     return chosen
-
-
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """The image size the model was built for, 224x224 where it does not say."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None:
-        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
-    channels = model.get_submodule("patch_embed.proj").in_channels
-    return (int(channels), *size)  # pyright: ignore[reportArgumentType, reportReturnType]

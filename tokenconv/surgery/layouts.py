@@ -1,0 +1,86 @@
+"""How tokens lie where a block of ours is called, so that it can be told their grid.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, H rows, W columns.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenconv.errors import GridError
+from tokenconv.grid import TokenGrid
+from tokenconv.surgery.binding import GridBinding
+
+
+class Layout(Protocol):
+    """Calls a block of ours on what a site is given."""
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """``block`` on ``x``, in the layout of ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class CarriedGrid:
+    """Tokens ``(B, N, C)`` whose grid comes from a source, halved some times."""
+
+    binding: GridBinding
+    source: str
+    halvings: int
+    rounds_up: bool
+    num_prefix_tokens: int
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """See ``Layout``."""
+        carrier = self.binding.carrier(self.source)
+        grid = _grid(carrier, x, self.halvings, self.rounds_up, self.num_prefix_tokens)
+        return block(x, grid)
+
+
+@dataclass(frozen=True)
+class ChannelsLastMap:
+    """A map ``(B, H, W, C)``, which shows its grid."""
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """See ``Layout``."""
+        rows, cols = x.shape[1], x.shape[2]
+        return block(x.flatten(1, 2), rows, cols).unflatten(1, (rows, cols))
+
+
+@dataclass(frozen=True)
+class FixedGrid:
+    """Tokens ``(B, N, C)`` of one grid."""
+
+    grid: TokenGrid
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """See ``Layout``."""
+        return block(x, self.grid)
+
+
+def halved(side: int, times: int, rounds_up: bool) -> int:
+    """A side of a grid after some halvings; a symbol stays a symbol."""
+    for _ in range(times):
+        side = (side + 1) // 2 if rounds_up else side // 2
+    return side
+
+
+def _grid(
+    carrier: Tensor, x: Tensor, halvings: int, rounds_up: bool, num_prefix_tokens: int
+) -> TokenGrid:
+    """One fx node: the check in it cannot be traced symbolically."""
+    num_tokens, rows, cols = x.shape[1], carrier.shape[1], carrier.shape[2]
+    if torch.jit.is_tracing():  # sizes are tensors then
+        num_tokens, rows, cols = int(num_tokens), int(rows), int(cols)
+    rows, cols = halved(rows, halvings, rounds_up), halved(cols, halvings, rounds_up)
+    if num_tokens != num_prefix_tokens + rows * cols:
+        raise GridError(
+            f"expected {num_prefix_tokens} prefix tokens and {rows}*{cols} on the grid, got "
+            f"{num_tokens} (shape {tuple(x.shape)}). Dropped or masked tokens hide the grid"
+        )
+    return TokenGrid((rows, cols), num_prefix_tokens)
+
+
+torch.fx.wrap("_grid")
