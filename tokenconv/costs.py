@@ -125,14 +125,15 @@ def meta_copy(model: nn.Module) -> nn.Module:
         MeasurementError: If the model cannot be copied.
     """
     weightless: dict[int, Any] = {}
-    for parameter in model.parameters():
-        weightless[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in model.buffers():
-        weightless[id(buffer)] = torch.empty_like(buffer, device="meta")
     try:
-        meta = copy.deepcopy(model, weightless)
+        with torch.inference_mode(False):
+            for parameter in model.parameters():
+                weightless[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), parameter.requires_grad
+                )
+            for buffer in model.buffers():
+                weightless[id(buffer)] = torch.empty_like(buffer, device="meta")
+            meta = copy.deepcopy(model, weightless)
     except RuntimeError as error:
         raise MeasurementError(f"the model cannot be copied: {error}") from error
     for module in meta.modules():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 
@@ -61,6 +62,136 @@ CASES = {
     "pvt_v2 linear": Case("pvt_v2_b2_li", PVT, (64, 96), 0),
 }
 
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+STAGES = {"depths": (1, 2, 1, 1)}
+WINDOWS = {"embed_dim": 12, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4), "window_size": 4}
+TWINS = {"embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 3, 4)}
+SERIAL = {"embed_dims": (16, 32, 32, 32), "serial_depths": (1, 1, 2, 1), "img_size": (64, 96)}
+FAMILIES = {
+    "vision_transformer": Case(
+        "vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": (42, 70)}, (42, 70), 5
+    ),
+    "vision_transformer, gated": Case(
+        "vit_giant_patch14_reg4_dinov2", {**SMALL, "img_size": (42, 70)}, (42, 70), 5
+    ),
+    "vision_transformer, post-norm": Case(
+        "vit_base_patch16_rpn_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 0
+    ),
+    "vision_transformer, parallel blocks": Case(
+        "vit_small_patch16_18x2_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 1
+    ),
+    "vision_transformer, one projection for both": Case(
+        "vit_tiny_patch16_224",
+        {**SMALL, "img_size": (48, 80), "block_fn": ParallelScalingBlock},
+        (48, 80),
+        1,
+    ),
+    "vision_transformer, hybrid embedding": Case(
+        "vit_tiny_r_s16_p8_224", {**SMALL, "img_size": (64, 96)}, (64, 96), 1
+    ),
+    "vision_transformer, vitamin": Case(
+        "vitamin_small_224", {"depth": 2, "num_heads": 6, "img_size": (64, 96)}, (64, 96), 0
+    ),
+    "deit": Case(
+        "deit_tiny_distilled_patch16_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 2
+    ),
+    "eva": Case("eva02_tiny_patch14_224", {**SMALL, "img_size": (42, 70)}, (42, 70), 1),
+    "eva, dinov3": Case(
+        "vit_small_patch16_dinov3", {**SMALL, "img_size": (48, 80)}, (48, 80), 5
+    ),
+    "beit": Case("beit_base_patch16_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 1),
+    "vision_transformer_relpos": Case(
+        "vit_relpos_small_patch16_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 0
+    ),
+    "vision_transformer_sam": Case(
+        "samvit_base_patch16_224",
+        {**SMALL, "img_size": (64, 96), "global_attn_indexes": (1,), "window_size": 3},
+        (64, 96),
+        0,
+    ),
+    "qwen3_vit": Case("qwen3_vit_88m", SMALL, (64, 96), 0),
+    "deepseek_vit": Case("deepseek_vit_412m", SMALL, (56, 84), 0),
+    "gemma4_vit": Case("gemma4_vit_167m", SMALL, (48, 96), 0),
+    "naflexvit": Case("naflexvit_base_patch16_gap", SMALL, (48, 80), 4),
+    "cait": Case("cait_xxs24_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 0),
+    "convit": Case(
+        "convit_tiny",
+        {"depth": 3, "embed_dim": 12, "num_heads": 3, "local_up_to_layer": 2, "img_size": 64},
+        (64, 64),
+        1,
+    ),
+    "xcit": Case("xcit_nano_12_p8_224", SMALL, (48, 80), 0),
+    "mlp_mixer": Case("mixer_s32_224", {"img_size": (64, 96)}, (64, 96), 0),
+    "mlp_mixer, gated": Case("gmlp_ti16_224", {"img_size": (48, 80)}, (48, 80), 0),
+    "tnt": Case(
+        "tnt_s_patch16_224",
+        {"depth": 2, "embed_dim": 48, "inner_dim": 12, "num_heads_outer": 4, "img_size": (64, 96)},
+        (64, 96),
+        1,
+    ),
+    "crossvit": Case(
+        "crossvit_tiny_240", {"embed_dim": (24, 48), "depth": ((1, 1, 0), (1, 2, 0))}, (240, 240), 1
+    ),
+    "twins": Case("twins_svt_small", {**STAGES, **TWINS}, (64, 96), 0),
+    "twins, pcpvt": Case("twins_pcpvt_small", {**STAGES, **TWINS}, (64, 96), 0),
+    "coat": Case("coat_tiny", {**SERIAL, "parallel_depth": 1}, (64, 96), 1),
+    "coat, lite": Case("coat_lite_tiny", SERIAL, (64, 96), 1),
+    "pvt_v2": CASES["pvt_v2"],
+    "swin_transformer": Case(
+        "swin_tiny_patch4_window7_224", {**WINDOWS, "img_size": (64, 96)}, (64, 96), 0
+    ),
+    "swin_transformer_v2": Case(
+        "swinv2_tiny_window8_256", {**WINDOWS, "img_size": (64, 96)}, (64, 96), 0
+    ),
+    "swin_transformer_v2_cr": Case(
+        "swinv2_cr_tiny_224", {**WINDOWS, "img_size": (64, 96)}, (64, 96), 0
+    ),
+    "mvitv2": Case("mvitv2_tiny", {}, (224, 224), 0),
+    "tiny_vit": Case(
+        "tiny_vit_5m_224",
+        {**STAGES, "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4),
+         "window_sizes": (3, 3, 3, 3)},
+        (64, 96),
+        0,
+    ),
+    "davit": Case(
+        "davit_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4)},
+        (64, 96),
+        0,
+    ),
+    "levit": Case("levit_128s", {}, (224, 224), 0),
+    "metaformer": Case("caformer_s18", {}, (64, 96), 0),
+    "efficientformer": Case(
+        "efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (16, 32, 32, 64)}, (224, 224), 0
+    ),
+    "pit": Case(
+        "pit_ti_224",
+        {"base_dims": (16, 16, 16), "depth": (1, 2, 1), "heads": (2, 2, 2), "img_size": (96, 128)},
+        (96, 128),
+        1,
+    ),
+    "csatv2": Case(
+        "csatv2",
+        {"dims": (16, 32, 48, 64), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+        (256, 384),
+        0,
+    ),
+    "volo": Case("volo_d1_224", {"img_size": (64, 64)}, (64, 64), 0),
+    "gcvit": Case("gcvit_xxtiny", {}, (224, 224), 0),
+    "hieradet_sam2": Case("sam2_hiera_tiny", {}, (128, 128), 0),
+    "sequencer": Case("sequencer2d_s", {"layers": (1, 1, 1, 1)}, (64, 96), 0),
+    "maxxvit": Case("maxvit_rmlp_pico_rw_256", {}, (256, 256), 0),
+    "convnext": Case("test_convnext", {}, (64, 96), 0),
+    "edgenext": Case("edgenext_xx_small", {}, (64, 96), 0),
+}  # fmt: skip
+"""A small model of every family, and of the kinds of block in it."""
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Case:
+    return FAMILIES[request.param]
+
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
@@ -88,7 +219,7 @@ def dynamic_vit() -> nn.Module:
 @pytest.fixture
 def inserted_parameters() -> Callable[[nn.Module], dict[str, nn.Parameter]]:
     def find(model: nn.Module) -> dict[str, nn.Parameter]:
-        marks = (".act.before.", ".dwconv.added.")
+        marks = (".before.", ".after.", ".beside.", ".instead.", ".added.")
         return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
 
     return find

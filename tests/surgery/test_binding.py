@@ -160,7 +160,7 @@ def test_missing_tokens_are_refused(hybrid):
     carrier_images = images_of(SIZES[0])
     hybrid.norm_pre.register_forward_hook(lambda m, a, out: out[:, :-3])
     with pytest.raises(
-        tc.GridError, match=r"expected 4\*6 tokens and up to 1 prefix tokens, got 22"
+        tc.GridError, match=r"expected 1 prefix tokens and 4\*6 on the grid, got 22"
     ):
         hybrid(carrier_images)
 

@@ -38,7 +38,7 @@ class BlockInfo:
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
     """Where surgery can put it, the usual place first: from a site to ``fragment(dim, **kwargs)``,
     which builds only what is new. A fragment maps tokens to tokens like a block and has
-    ``init_neutral_()``, after which it returns its input where it stands ``before_`` or ``after_``
+    ``init_neutral_()``, which is also what resets it there, and after which it returns its input where it stands ``before_`` or ``after_``
     something, and zero ``beside_`` something. ``dim`` is the width of the tokens at the site. For
     ``merge_conv`` it is a ``DWConv`` whose kernel is added to that of the MLP's own convolution."""
 

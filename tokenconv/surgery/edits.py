@@ -238,8 +238,8 @@ def _block_for(model: nn.Module, edit: Edit) -> nn.Module | None:
     if edit.site == "replace_attn":
         block.reset_parameters()  # pyright: ignore[reportCallIssue]
     else:
-        # timm's model.init_weights() calls it last, and would leave random kernels
-        vars(block)["init_weights"] = block.init_neutral_
+        # timm's model.init_weights() calls one of them last, and would leave random kernels
+        vars(block)["init_weights"] = vars(block)["reset_parameters"] = block.init_neutral_
         block.init_neutral_()  # pyright: ignore[reportCallIssue]
     return block
 

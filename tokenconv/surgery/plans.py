@@ -36,6 +36,8 @@ class Plan:
     edits: tuple[Edit, ...]
     allow_change: bool = False
     """Whether ``insert_`` may change the output of the model."""
+    skipped: tuple[str, ...] = ()
+    """Why blocks that were not asked for by name are left out."""
 
     @property
     def exact(self) -> bool:
@@ -64,6 +66,7 @@ class Plan:
             self,
             edits=_without_conflict(self.edits + other.edits),
             allow_change=self.allow_change or other.allow_change,
+            skipped=tuple(dict.fromkeys(self.skipped + other.skipped)),
         )
 
     def __str__(self) -> str:
@@ -76,6 +79,7 @@ class Plan:
                 f"  {name:<{width}}  {edit.block}({arguments})"
                 f"  dim {edit.place.dim}  params {edit.added_params:+,}  MACs {edit.added_macs:+,}"
             )
+        lines.extend(f"  left out: {reason}" for reason in self.skipped)
         lines.append(
             f"  {len(self.edits)} sites, params {self.added_params:+,}, MACs {self.added_macs:+,}; "
             + ("output unchanged" if self.exact else "CHANGES THE OUTPUT, needs allow_change=True")
@@ -108,7 +112,8 @@ class Plan:
             edits = tuple(
                 Edit(**{**edit, "place": Place(**edit["place"])}) for edit in content["edits"]
             )
-            made = cls(**{**content, "edits": edits, "input_size": tuple(content["input_size"])})
+            lists = {name: tuple(content[name]) for name in ("input_size", "skipped")}
+            made = cls(**{**content, **lists, "edits": edits})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, SurgeryError):
                 raise
@@ -126,6 +131,7 @@ def plan(
     blocks: Blocks = None,
     site: str | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    input_size: tuple[int, int, int] | None = None,
     allow_change: bool = False,
     **block_kwargs: Any,
 ) -> Plan:
@@ -145,6 +151,8 @@ def plan(
             ``after_block``, or ``replace_attn``, which changes the output. None takes the usual
             place of the block; ``tokenconv list`` shows it.
         filter_fn: ``filter_fn(module, name)`` says whether to change a Transformer block.
+        input_size: ``(C, H, W)`` of the image to plan with; None takes the one that the model was
+            built for.
         allow_change: Permit ``insert_`` to change the output of the model.
         **block_kwargs: Keyword arguments of what the block adds: for ``mix_ffn`` ``kernel_size``,
             ``dilation``, ``bias`` and ``impl``.
@@ -162,7 +170,7 @@ def plan(
     if site is not None and site not in SITES:
         raise UnknownNameError("site", site, SITES)
     check_untouched(model)
-    found = survey(model)
+    found = survey(model, input_size)
     chosen = _select(model, found.blocks, blocks, filter_fn)
     edits: list[Edit] = []
     refusals: list[str] = []
@@ -175,19 +183,21 @@ def plan(
             edits.append(edit_for(found.meta, place, where, block, block_kwargs))
     everything = blocks is None and filter_fn is None
     if refusals and not (everything and edits):
-        raise SurgeryError(f"{refusals[0]}, so {block} cannot go there")
+        then = "there is nothing to take out" if block == NONE else f"{block} cannot go there"
+        raise SurgeryError(f"{refusals[0]}, so {then}")
     draft = Plan(
         model_class=type(model.get_submodule(found.root)).__name__,
         input_size=found.input_size,
         edits=tuple(edits),
         allow_change=allow_change,
+        skipped=tuple(dict.fromkeys(refusals)),
     )
     return rehearse(found, draft)
 
 
 def check_fits(model: nn.Module, made: Plan) -> Plan:
     """Refuse a plan that was made for a model of another shape; returns it rehearsed."""
-    found = survey(model)
+    found = survey(model, otherwise=made.input_size)
     model_class = type(model.get_submodule(found.root)).__name__
     if model_class != made.model_class:
         raise SurgeryError(f"the plan was made for a {made.model_class}, got a {model_class}")
@@ -291,7 +301,7 @@ def _usual_site(block: str, candidate: BlockSites) -> str:
     if block == NONE:
         return "remove_conv"
     sites = BLOCKS[block].sites
-    if "merge_conv" in sites and "merge_conv" in candidate.places:
+    if "merge_conv" in sites and "conv" in candidate.kinds:
         return "merge_conv"
     return next(iter(sites))
 

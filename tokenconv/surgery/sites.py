@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenconv.costs import meta_copy, run_meta
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.surgery.binding import can_capture
-from tokenconv.surgery.families import FAMILIES, Family, family_of
+from tokenconv.surgery.families import Family, family_of
 from tokenconv.surgery.layouts import halved
 
 SITES = {
@@ -57,6 +57,8 @@ class BlockSites:
     """What can be done at one Transformer block."""
 
     name: str
+    kinds: set[str] = field(default_factory=set)
+    """What it consists of: values of ``SITES``."""
     places: dict[str, list[Place]] = field(default_factory=dict)
     """By site."""
     refusals: dict[str, str] = field(default_factory=dict)
@@ -88,8 +90,18 @@ class _Seen:
     """Whether something besides tokens is returned."""
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    *,
+    otherwise: tuple[int, int, int] | None = None,
+) -> Survey:
     """Find the blocks of a model and what can be put where.
+
+    Args:
+        model: A timm model, or a module that holds one.
+        input_size: ``(C, H, W)`` of the image to run; None takes the one it was built for.
+        otherwise: What to take where the model does not tell.
 
     Raises:
         SurgeryError: If the model is, or holds, no timm model that tokenconv can change.
@@ -106,13 +118,14 @@ def survey(model: nn.Module) -> Survey:
             f"this {type(meta).__name__} ({family.name}) has no Transformer block with an MLP over "
             f"tokens"
         )
-    size = _input_size(meta, family)
+    size = input_size or _input_size(meta, family, otherwise)
     sizes, seen = _run(meta, family, size, {name for _, _, name in hosts})
     blocks: dict[str, BlockSites] = {}
     look = _Look(meta, family, sizes, seen)
     prefix = f"{root}." if root else ""
     for block, kind, name in hosts:
         found = blocks.setdefault(block, BlockSites(prefix + block))
+        found.kinds.add(kind)
         for site in (site for site, of in SITES.items() if of == kind):
             try:
                 place = look.place(block, kind, name, site, prefix)
@@ -162,11 +175,10 @@ def locate(model: nn.Module) -> tuple[str, Family]:
         raise SurgeryError(
             f"{type(model).__name__} holds several timm models ({', '.join(found)}); take one"
         )
-    known = ", ".join(family.name for family in FAMILIES if not family.refusal)
     raise SurgeryError(
         f"{type(model).__name__} is not a model that tokenconv can change: expected a timm model "
-        f"of the families {known}. A model built with features_only=True may have lost its class: "
-        f"insert first, wrap then"
+        f"with Transformer blocks (`tokenconv list --families` lists them). One built with "
+        f"features_only=True may have lost its class: insert first, wrap then"
     )
 
 
@@ -204,10 +216,14 @@ def _hosts(model: nn.Module, family: Family) -> Iterator[tuple[str, str, str]]:
 
 
 def _container_above(modules: dict[str, nn.Module], name: str) -> bool:
-    while name:
-        name = name.rpartition(".")[0]
-        if name and can_capture(modules[name]):
+    while name := name.rpartition(".")[0]:
+        if can_capture(modules[name]):
             return True
+        if isinstance(modules[name], (nn.Sequential, nn.ModuleList)):
+            raise SurgeryError(
+                f"{name} is a {type(modules[name]).__name__}; expected a plain nn.Sequential or "
+                f"nn.ModuleList, whose blocks can be bound to their grid"
+            )
     return False
 
 
@@ -353,12 +369,16 @@ def has_values(module: nn.Module) -> bool:
     return next(module.parameters(), next(module.buffers(), None)) is not None
 
 
-def _input_size(model: nn.Module, family: Family) -> tuple[int, int, int]:
-    """The image size ``(C, H, W)`` the model was built for, 224x224 where it does not say."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+def _input_size(
+    model: nn.Module, family: Family, otherwise: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
+    """The image size ``(C, H, W)`` that the model was built for."""
     size = getattr(model, "img_size", None)
     for source in family.sources.values():
         size = size or getattr(model.get_submodule(source.module), "img_size", None)
+    if not size and otherwise:
+        return otherwise
+    config = getattr(model, "pretrained_cfg", None) or {}
     size = size or config.get("input_size", (3, 224, 224))[1:]
     rows, cols = (size, size) if isinstance(size, int) else size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
