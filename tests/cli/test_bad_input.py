@@ -71,8 +71,8 @@ MIX = ("--block", "mix_ffn")
         ),
         (
             ("resnet18", *MIX),
-            "ResNet is not a model that tokenconv can change: expected a timm model with Transformer"
-            " blocks (`tokenconv list --families` lists them)",
+            "ResNet is not a model that tokenconv can change: expected a timm model with"
+            " Transformer blocks (`tokenconv list --families` lists them)",
         ),
         (("test_vit", *MIX, "--kernel-size", "4"), "expected an odd kernel_size, got 4"),
         (

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import GatedMlp
+from timm.models.gcvit import GlobalContextVit
+from timm.models.levit import Levit
+from timm.models.maxxvit import MaxxVit, MaxxVitCfg
+from timm.models.metaformer import (
+    Attention,
+    LayerNorm2dNoBias,
+    LayerNormNoBias,
+    MetaFormer,
+    SepConv,
+)
+from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 
@@ -15,14 +29,17 @@ from torch import Tensor, nn
 class Case:
     """A model to build, and the images that it takes."""
 
-    architecture: str
+    architecture: str | type[nn.Module]
     kwargs: dict[str, Any]
     size: tuple[int, int]
     num_prefix_tokens: int
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        model = timm.create_model(self.architecture, num_classes=7, **self.kwargs)
+        if isinstance(self.architecture, str):
+            model = timm.create_model(self.architecture, num_classes=7, **self.kwargs)
+        else:  # timm has no small one by name
+            model = self.architecture(num_classes=7, **self.kwargs)
         randomize_(model)
         return model.eval()
 
@@ -63,6 +80,7 @@ CASES = {
 }
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+MIXER = {"num_blocks": 2, "embed_dim": 48, "patch_size": 16}
 STAGES = {"depths": (1, 2, 1, 1)}
 WINDOWS = {"embed_dim": 12, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4), "window_size": 4}
 TWINS = {"embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 3, 4)}
@@ -82,7 +100,7 @@ FAMILIES = {
     ),
     "vision_transformer, one projection for both": Case(
         "vit_tiny_patch16_224",
-        {**SMALL, "img_size": (48, 80), "block_fn": ParallelScalingBlock},
+        {**SMALL, "embed_dim": 96, "img_size": (48, 80), "block_fn": ParallelScalingBlock},
         (48, 80),
         1,
     ),
@@ -110,7 +128,7 @@ FAMILIES = {
         0,
     ),
     "qwen3_vit": Case("qwen3_vit_88m", SMALL, (64, 96), 0),
-    "deepseek_vit": Case("deepseek_vit_412m", SMALL, (56, 84), 0),
+    "deepseek_vit": Case("deepseek_vit_412m", {**SMALL, "embed_dim": 96}, (56, 84), 0),
     "gemma4_vit": Case("gemma4_vit_167m", SMALL, (48, 96), 0),
     "naflexvit": Case("naflexvit_base_patch16_gap", SMALL, (48, 80), 4),
     "cait": Case("cait_xxs24_224", {**SMALL, "img_size": (48, 80)}, (48, 80), 0),
@@ -121,8 +139,14 @@ FAMILIES = {
         1,
     ),
     "xcit": Case("xcit_nano_12_p8_224", SMALL, (48, 80), 0),
-    "mlp_mixer": Case("mixer_s32_224", {"img_size": (64, 96)}, (64, 96), 0),
-    "mlp_mixer, gated": Case("gmlp_ti16_224", {"img_size": (48, 80)}, (48, 80), 0),
+    "mlp_mixer": Case(MlpMixer, {**MIXER, "img_size": (64, 96)}, (64, 96), 0),
+    "mlp_mixer, gated": Case(
+        MlpMixer,
+        {**MIXER, "img_size": (48, 80), "mlp_ratio": 6, "block_layer": SpatialGatingBlock,
+         "mlp_layer": GatedMlp},
+        (48, 80),
+        0,
+    ),
     "tnt": Case(
         "tnt_s_patch16_224",
         {"depth": 2, "embed_dim": 48, "inner_dim": 12, "num_heads_outer": 4, "img_size": (64, 96)},
@@ -146,7 +170,12 @@ FAMILIES = {
     "swin_transformer_v2_cr": Case(
         "swinv2_cr_tiny_224", {**WINDOWS, "img_size": (64, 96)}, (64, 96), 0
     ),
-    "mvitv2": Case("mvitv2_tiny", {}, (224, 224), 0),
+    "mvitv2": Case(
+        MultiScaleVit,
+        {"cfg": MultiScaleVitCfg(depths=(1, 2, 2, 1), embed_dim=16), "img_size": (64, 64)},
+        (64, 64),
+        0,
+    ),
     "tiny_vit": Case(
         "tiny_vit_5m_224",
         {**STAGES, "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4),
@@ -160,10 +189,26 @@ FAMILIES = {
         (64, 96),
         0,
     ),
-    "levit": Case("levit_128s", {}, (224, 224), 0),
-    "metaformer": Case("caformer_s18", {}, (64, 96), 0),
+    "levit": Case(
+        Levit,
+        {"embed_dim": (32, 48, 64), "key_dim": 16, "num_heads": (2, 3, 4), "depth": (1, 1, 1),
+         "img_size": (96, 128)},
+        (96, 128),
+        0,
+    ),
+    "metaformer": Case(
+        MetaFormer,
+        {**STAGES, "dims": (16, 32, 64, 96),
+         "token_mixers": [SepConv, SepConv, Attention, Attention],
+         "norm_layers": [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2},
+        (64, 96),
+        0,
+    ),
     "efficientformer": Case(
-        "efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (16, 32, 32, 64)}, (224, 224), 0
+        "efficientformer_l1",
+        {"depths": (1, 1, 1, 2), "embed_dims": (16, 32, 32, 64)},
+        (224, 224),
+        0,
     ),
     "pit": Case(
         "pit_ti_224",
@@ -177,18 +222,34 @@ FAMILIES = {
         (256, 384),
         0,
     ),
-    "volo": Case("volo_d1_224", {"img_size": (64, 64)}, (64, 64), 0),
-    "gcvit": Case("gcvit_xxtiny", {}, (224, 224), 0),
+    "volo": Case(
+        VOLO,
+        {"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
+        (224, 224),
+        0,
+    ),
+    "gcvit": Case(
+        GlobalContextVit,
+        {**STAGES, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "img_size": (64, 128)},
+        (64, 128),
+        0,
+    ),
     "hieradet_sam2": Case("sam2_hiera_tiny", {}, (128, 128), 0),
     "sequencer": Case("sequencer2d_s", {"layers": (1, 1, 1, 1)}, (64, 96), 0),
-    "maxxvit": Case("maxvit_rmlp_pico_rw_256", {}, (256, 256), 0),
+    "maxxvit": Case(
+        MaxxVit,
+        {"cfg": MaxxVitCfg(embed_dim=(32, 32), depths=(1, 1), block_type=("M", "M"), stem_width=16),
+         "img_size": (64, 64)},
+        (64, 64),
+        0,
+    ),
     "convnext": Case("test_convnext", {}, (64, 96), 0),
-    "edgenext": Case("edgenext_xx_small", {}, (64, 96), 0),
+    "edgenext": Case("edgenext_xx_small", STAGES, (64, 96), 0),
 }  # fmt: skip
 """A small model of every family, and of the kinds of block in it."""
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Case:
     return FAMILIES[request.param]
 

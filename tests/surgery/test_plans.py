@@ -92,7 +92,7 @@ def test_what_cannot_be_planned_is_refused_and_leaves_the_model(vit, call, error
     ("model", "message"),
     [
         (lambda: timm.create_model("resnet18"), "ResNet is not a model that tokenconv can change"),
-        (lambda: nn.Linear(3, 3), "Linear is not a model.*vision_transformer, eva, beit"),
+        (lambda: nn.Linear(3, 3), "Linear is not a model.*`tokenconv list --families`"),
         (lambda: timm.create_model("test_vit", act_layer=nn.PReLU), "PReLU.*has parameters"),
         (lambda: timm.create_model("hiera_tiny_224"), "Hiera.*order of mask units"),
         (lambda: nn.ModuleList([timm.create_model("test_vit") for _ in range(2)]),

@@ -37,10 +37,11 @@ class BlockInfo:
     """The pytest node that proves the block equal to code we did not write."""
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
     """Where surgery can put it, the usual place first: from a site to ``fragment(dim, **kwargs)``,
-    which builds only what is new. A fragment maps tokens to tokens like a block and has
-    ``init_neutral_()``, which is also what resets it there, and after which it returns its input where it stands ``before_`` or ``after_``
-    something, and zero ``beside_`` something. ``dim`` is the width of the tokens at the site. For
-    ``merge_conv`` it is a ``DWConv`` whose kernel is added to that of the MLP's own convolution."""
+    which builds only what is new; ``dim`` is the width of the tokens at the site. A fragment maps
+    tokens to tokens like a block. Its ``init_neutral_()``, which also resets it there, makes it
+    return its input where it stands ``before_`` or ``after_`` something, and zero ``beside_``
+    something. For ``merge_conv`` it is a ``DWConv`` whose kernel is added to that of the MLP's own
+    convolution."""
 
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(

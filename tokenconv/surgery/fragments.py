@@ -5,8 +5,10 @@ module of ours takes the place of an activation, a convolution or an attention, 
 on removal.
 """
 
-from typing import Any
+from typing import Any, Optional
 
+import torch
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -85,7 +87,7 @@ class AroundAct(Replacement):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the tokens and activate them."""
         if self.before is not None:
-            x = self.layout.call(self.before, x)
+            x = _with_strides_of(x, self.layout.call(self.before, x))
         x = self.act(x)
         return x if self.after is None else self.layout.call(self.after, x)
 
@@ -94,12 +96,32 @@ class AroundAct(Replacement):
         return self.act
 
 
+def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` laid out in memory as ``x``, one half of a packed projection.
+
+    On a CPU an activation gives other last bits for half a row than for a copy of it.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.stride() == y.stride():
+        return y
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype).copy_(y)
+
+
+torch.fx.wrap("_with_strides_of")
+
+
 class MergedConv(Replacement):
     """The MLP's own depthwise convolution with a second branch added to it.
 
     Both branches are linear and see the same input, so their kernels are added and one convolution
     runs. A larger second kernel zero-pads the first.
+
+    ``fold_`` computes the sum once for inference. It is kept beside the parameters, which stay as
+    they are: the state dict has no other keys and values, and loading one, or going back to
+    training mode, brings the sum up to date.
     """
+
+    kernel: Optional[Tensor]  # noqa: UP045  # TorchScript reads it
+    offset: Optional[Tensor]  # noqa: UP045
 
     def __init__(self, conv: nn.Conv2d, added: DWConv):
         super().__init__()
@@ -109,9 +131,31 @@ class MergedConv(Replacement):
         self.original = Unregistered(conv)
         self.margin = (added.kernel_size - conv.kernel_size[0]) // 2
         self.padding = added.dilation * (added.kernel_size // 2)
+        self.register_buffer("kernel", None, persistent=False)
+        self.register_buffer("offset", None, persistent=False)
+        self.register_load_state_dict_post_hook(_fold_again)
+
+    def fold_(self) -> bool:
+        """Compute the sum of the kernels once; returns whether that was new."""
+        if self.kernel is not None:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = self.merged()
+        self.kernel = weight
+        self.offset = None if bias is None else bias.detach()  # a parameter would get a key
+        return True
+
+    def train(self, mode: bool = True) -> "MergedConv":
+        """In training mode the sum is computed in every forward pass, so that both parts learn."""
+        if mode:
+            self.kernel = self.offset = None
+        return super().train(mode)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """The kernel and the bias that the convolution takes."""
+        kernel = self.kernel
+        if kernel is not None:
+            return kernel, self.offset
         weight = F.pad(self.weight, [self.margin] * 4) if self.margin else self.weight
         bias = self.bias
         if self.added.bias is not None:
@@ -131,6 +175,13 @@ class MergedConv(Replacement):
         conv = self.original.module
         conv.weight, conv.bias = self.weight, self.bias  # pyright: ignore
         return conv.train(self.training)
+
+
+def _fold_again(module: MergedConv, incompatible_keys: Any) -> None:
+    """After new values were loaded."""
+    if module.kernel is not None:
+        module.kernel = module.offset = None
+        module.fold_()
 
 
 class _Vacancy(Replacement):

@@ -259,7 +259,9 @@ def _run(
     try:
         run_meta(meta, _BATCH, size)
     except MeasurementError as error:
-        raise SurgeryError(str(error)) from error
+        raise SurgeryError(
+            f"{error}. If it was built for another size, pass input_size=(C, H, W)"
+        ) from error
     for hook in hooks:
         hook.remove()
     return sizes, seen
