@@ -85,8 +85,8 @@ def price(
             raise UnknownNameError("module", name, modules)
         hooks.append(module.register_forward_pre_hook(meter.enter(name)))
         hooks.append(module.register_forward_hook(meter.leave))
-    with meter, _AttentionAsOne(meter):
-        run_meta(meta, 1, input_size)
+    with meter:
+        run_meta(meta, 1, input_size, meter)
     for hook in hooks:
         hook.remove()
     return Cost(
@@ -100,8 +100,16 @@ def price(
     )
 
 
-def run_meta(meta: nn.Module, batch: int, input_size: Sequence[int]) -> None:
+def run_meta(
+    meta: nn.Module, batch: int, input_size: Sequence[int], meter: "_Meter | None" = None
+) -> None:
     """Run a model on the meta device on a batch of images, in evaluation mode.
+
+    Args:
+        meta: What ``meta_copy`` gave.
+        batch: Number of images.
+        input_size: ``(C, H, W)`` of one image.
+        meter: Where to price attention, which no dispatch mode sees here.
 
     Raises:
         MeasurementError: If it refuses them.
@@ -109,7 +117,7 @@ def run_meta(meta: nn.Module, batch: int, input_size: Sequence[int]) -> None:
     floating = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(batch, *input_size, device="meta", dtype=floating)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _AttentionAsOne(meter):
             meta.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(s) for s in input_size)
@@ -207,7 +215,6 @@ class _Meter(TorchDispatchMode):
         self.total = _Tally()
         self.sites: dict[str, _Tally] = {}
         self.open: list[_Tally] = []
-        self.paused = False
 
     def enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         tally = self.sites[name] = _Tally()
@@ -231,16 +238,16 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if not (self.paused or func.is_view or packet in _FREE):
+        if not (func.is_view or packet in _FREE):
             formula = _MACS.get(packet)
             self.price(formula(args, out) if formula else 0, tree_leaves((args, kwargs, out)))
         return out
 
 
 class _AttentionAsOne(TorchFunctionMode):
-    """Prices scaled dot-product attention as the one kernel it is, whatever meta does instead."""
+    """Takes scaled dot-product attention as the one kernel it is; meta would decompose it."""
 
-    def __init__(self, meter: _Meter):
+    def __init__(self, meter: _Meter | None):
         super().__init__()
         self.meter = meter
 
@@ -248,14 +255,12 @@ class _AttentionAsOne(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.meter.paused = True
-        try:
-            out = func(*args, **kwargs)
-        finally:
-            self.meter.paused = False
         names = ("query", "key", "value", "attn_mask")
         query, key, value, mask = (
             args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)
         )
-        self.meter.price(_attention_macs(query, key, value), (query, key, value, mask, out))
+        batch = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
+        out = query.new_empty((*batch, query.shape[-2], value.shape[-1]))
+        if self.meter:
+            self.meter.price(_attention_macs(query, key, value), (query, key, value, mask, out))
         return out

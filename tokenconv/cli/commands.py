@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +15,26 @@ from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.profiling import compare, report_folder, steady_allocator, write_report
 from tokenconv.surgery import insert_, plan
+from tokenconv.surgery.support import format_matrix
 
 
 def run_list(args: argparse.Namespace) -> None:
-    """Print a line per block."""
+    """Print a line per block, or per timm family."""
+    if args.families:
+        print(format_matrix(args.pattern))
+        return
     for name in list_blocks(args.pattern):
         info = BLOCKS[name]
-        print(f"{name}  {info.group}  prefix tokens: {info.prefix_policy}  {info.paper}")
+        sites = ", ".join(info.sites)
+        print(f"{name}  {info.group}  sites: {sites}  prefix tokens: {info.prefix_policy}")
+        print(f"    {info.paper}")
 
 
 def run_plan(args: argparse.Namespace) -> None:
     """Print what inserting a block would change."""
     model = build_model(args.model, image_size(args.img_size))
-    print(plan(model, args.block, **_block_kwargs(args.block, args.kernel_size)))
+    made = plan(model, args.block, **_where(args), **_block_kwargs(args.block, args.kernel_size))
+    print(made.to_json() if args.json else made)
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -36,7 +44,7 @@ def run_compare(args: argparse.Namespace) -> None:
     img_size = image_size(args.img_size)
     with report_folder(args.out) as folder:
         model = build_model(args.model, img_size, pretrained=args.pretrained)
-        arms, reference = build_arms(model, args.block, args.kernel_size)
+        arms, reference = build_arms(model, args.block, args.kernel_size, **_where(args))
         dtype = getattr(torch, args.dtype)
         arms = {name: arm.to(device, dtype) for name, arm in arms.items()}
         images = load_images(model, args.images, args.batch_size)
@@ -67,7 +75,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def build_arms(
-    model: nn.Module, blocks: list[str], kernel_size: int
+    model: nn.Module, blocks: list[str], kernel_size: int, **where: Any
 ) -> tuple[dict[str, nn.Module], str]:
     """The models to compare, all from the same weights; the first is the baseline.
 
@@ -88,12 +96,28 @@ def build_arms(
     arms[reference] = model
     for block in dict.fromkeys(blocks):
         if block != "none":
-            arms[block] = insert_(copy.deepcopy(model), block, kernel_size=kernel_size)
+            arms[block] = insert_(copy.deepcopy(model), block, kernel_size=kernel_size, **where)
     return arms, reference
 
 
 def _block_kwargs(block: str, kernel_size: int) -> dict[str, Any]:
     return {} if block == "none" else {"kernel_size": kernel_size}
+
+
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    allow_change = args.site == "replace_attn"  # asked for by name
+    return {"blocks": _blocks(args.blocks), "site": args.site, "allow_change": allow_change}
+
+
+def _blocks(text: str | None) -> int | slice | str | None:
+    """An index, a slice or a regular expression, from the command line."""
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        return slice(*(int(part) if part else None for part in text.split(":")))
+    return text
 
 
 def _device(name: str) -> torch.device:

@@ -44,10 +44,14 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="list the blocks")
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
+    listing.add_argument(
+        "--families", action="store_true", help="list the timm families, and what each can take"
+    )
 
     planning = commands.add_parser("plan", help="show what inserting a block would change")
     planning.add_argument("model", metavar="MODEL", help="name of a timm model")
     planning.add_argument("--block", required=True, metavar="NAME")
+    planning.add_argument("--json", action="store_true", help="print it as JSON")
     _add_block_options(planning)
 
     comparing = commands.add_parser(
@@ -79,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_block_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel-size", type=_positive, default=3)
+    parser.add_argument("--site", metavar="SITE", help="where in a block, such as beside_mlp")
+    parser.add_argument(
+        "--blocks",
+        metavar="N|A:B|REGEX",
+        help="which blocks, such as 0, 6:, or stages.2; None: all",
+    )
     parser.add_argument(
         "--img-size", type=_positive, nargs="+", metavar="H [W]", help="None takes the model's own"
     )

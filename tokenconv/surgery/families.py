@@ -202,9 +202,14 @@ FAMILIES = (
         refusal="its tokens are (B, T, N, C): separate square blocks, not one map",
     ),
     Family(
+        name="mambaout",
+        model_class="MambaOut",
+        refusal="its blocks have no MLP; they gate a convolution of their own",
+    ),
+    Family(
         name="byobnet",
         model_class="ByobNet",
-        refusal="MobileViT's tokens are unfolded patches (B*P, N, C), not one map",
+        refusal="it is convolutional; the tokens of MobileViT are unfolded patches (B*P, N, C)",
     ),
 )
 _ROWS = {(family.name, family.model_class): family for family in FAMILIES}

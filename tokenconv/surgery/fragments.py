@@ -8,7 +8,6 @@ on removal.
 from typing import Any, Optional
 
 import torch
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle

@@ -172,6 +172,30 @@ def plan(
     check_untouched(model)
     found = survey(model, input_size)
     chosen = _select(model, found.blocks, blocks, filter_fn)
+    everything = blocks is None and filter_fn is None
+    made = plan_blocks(found, chosen, block, site, block_kwargs, skip=everything)
+    return replace(made, allow_change=allow_change)
+
+
+def plan_blocks(
+    found: Survey,
+    chosen: Iterable[BlockSites],
+    block: str,
+    site: str | None,
+    block_kwargs: dict[str, Any],
+    *,
+    skip: bool,
+) -> Plan:
+    """What ``plan`` does once the blocks are chosen; uses the survey up.
+
+    Args:
+        found: What the model offers.
+        chosen: Transformer blocks to change.
+        block: A key of ``BLOCKS``, or ``"none"``.
+        site: Where in a block; None takes the usual place.
+        block_kwargs: Keyword arguments of the block.
+        skip: Leave out blocks that cannot take it, as long as one can.
+    """
     edits: list[Edit] = []
     refusals: list[str] = []
     for candidate in chosen:
@@ -181,15 +205,13 @@ def plan(
             continue
         for place in candidate.places[where]:
             edits.append(edit_for(found.meta, place, where, block, block_kwargs))
-    everything = blocks is None and filter_fn is None
-    if refusals and not (everything and edits):
+    if refusals and not (skip and edits):
         then = "there is nothing to take out" if block == NONE else f"{block} cannot go there"
         raise SurgeryError(f"{refusals[0]}, so {then}")
     draft = Plan(
-        model_class=type(model.get_submodule(found.root)).__name__,
+        model_class=type(found.meta.get_submodule(found.root)).__name__,
         input_size=found.input_size,
         edits=tuple(edits),
-        allow_change=allow_change,
         skipped=tuple(dict.fromkeys(refusals)),
     )
     return rehearse(found, draft)

@@ -32,7 +32,7 @@ SITES = {
 """From a site to the kind of module it belongs to."""
 
 _MLP = re.compile(r"mlp(_channels|\d)?")
-_ATTENTION = ("attn", "attn_out", "token_mixer")
+_ATTENTION = ("attn", "attn_out", "token_mixer", "factoratt_crpe")
 _NO_BLOCK = {"attn", "rel_pos"}  # have MLPs of their own, over other things than tokens
 _BATCH = 2  # so that windows, which multiply the batch, show
 
