@@ -48,6 +48,10 @@ class PEG(nn.Module):
         """Make the output equal to the input."""
         self.proj.init_neutral_()
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that Twins keeps out of weight decay: the kernel (biases always are)."""
+        return {"proj.weight"}
+
     def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
         """Add the position encoding.
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from tokenconv.grid import TokenGrid
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
+_FOLDED = 2
+"""Version, in the metadata of a state dict, of a kernel that the residual was added to."""
+
 
 class DWConv(nn.Module):
     """Depthwise convolution on tokens, called as in the papers' code: ``DWConv(dim)(x, H, W)``.
@@ -78,6 +81,37 @@ class DWConv(nn.Module):
         """Make the convolution zero, so that with ``residual`` the output equals the input."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+        if self._version == _FOLDED:  # the residual is in the kernel
+            nn.init.dirac_(self.weight, groups=self.dim)
+
+    def fold_(self) -> bool:
+        """Add the residual to the kernel, in place, for inference: its centre grows by 1.
+
+        Equal in real arithmetic. Float16 and bfloat16 are refused, since ``1 + w`` loses most of a
+        small ``w`` there; for the same reason do not convert to them, or use autocast or TF32,
+        afterwards. The state dict then holds the folded kernel, and its metadata say so: loading
+        it where the residual is still added, or the reverse, is an error.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            ValueError: If the kernel is stored in fewer than 32 bits.
+        """
+        if not self.residual:
+            return False
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"its kernel is {str(self.weight.dtype).removeprefix('torch.')}, in which 1 + w "
+                f"loses most of a small w; expected float32 or float64"
+            )
+        centre, needs_grad = self.kernel_size // 2, self.weight.requires_grad
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.weight.clone()
+            weight[:, :, centre, centre] += 1
+            self.weight = nn.Parameter(weight, requires_grad=needs_grad)
+        self.residual, self._version = False, _FOLDED
+        return True
 
     def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
         """Convolve the tokens.
@@ -95,13 +129,28 @@ class DWConv(nn.Module):
         return _convolve(x, self.weight, self.bias, grid, self.dilation, self.residual, self.impl)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         for name in ("weight", "bias"):
             classic = f"{prefix}dwconv.{name}"
             if classic in state_dict and f"{prefix}{name}" not in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict.pop(classic)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        stored = local_metadata.get("version", self._version)
+        if stored != self._version and (self.residual or self._version == _FOLDED):
+            error_msgs.append(
+                f"{prefix}weight is {'' if stored == _FOLDED else 'not '}folded, and this model is "
+                f"{'not ' if stored == _FOLDED else ''}: load before fold_, or fold both"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
