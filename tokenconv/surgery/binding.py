@@ -82,7 +82,7 @@ class GridBinding:
         if not pending:  # noted by a compiled source, when the graph broke behind it
             pending, self._traced.pending = self._traced.pending, {}
         carriers = {**self._eager.scope, **pending}
-        return [_BoundBlock(self, block, carriers) for block in blocks] if carriers else blocks
+        return [BoundBlock(self, block, carriers) for block in blocks] if carriers else blocks
 
     def carrier(self, key: str) -> Tensor:
         """The grid of a source in the forward pass that is running, as a tensor ``(0, H, W)``.
@@ -116,7 +116,7 @@ class NoteGrid:
         self.binding.note(self.key, tokens.new_empty((0, rows, cols)))
 
 
-class _BoundBlock:
+class BoundBlock:
     """A block together with the grids of one forward pass; made anew for every pass."""
 
     def __init__(self, binding: GridBinding, block: nn.Module, carriers: Carriers):
@@ -125,6 +125,7 @@ class _BoundBlock:
         self._carriers = carriers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block in the scope of its grids."""
         eager = self._binding._eager
         outer, eager.scope = eager.scope, self._carriers
         try:

@@ -26,7 +26,7 @@ from tokenconv.surgery.sites import Place, has_values, locate
 NONE = "none"
 """The name that stands for no block: it takes out the convolution that an MLP has."""
 
-_CHILDREN = {
+CHILDREN = {
     "before": "before",
     "after": "after",
     "beside": "beside",
@@ -57,7 +57,7 @@ class Edit:
     @property
     def inserted(self) -> str | None:
         """Name of the module that is inserted; None where something is only taken out."""
-        child = _CHILDREN.get(self.site.partition("_")[0])
+        child = CHILDREN.get(self.site.partition("_")[0])
         return f"{self.place.host}.{child}" if child else None
 
 
