@@ -9,10 +9,11 @@ import pytest
 import tokenconv as tc
 
 PUBLIC = [
-    "BLOCKS", "BlockInfo", "Comparison", "Cost", "DWConv", "GridError", "Impl",
-    "MeasurementError", "MixFFN", "Plan", "SurgeryError", "TokenConvError", "TokenGrid",
-    "UnknownNameError", "compare", "cost", "create_block", "depthwise_conv", "insert_",
-    "list_blocks", "map_to_tokens", "plan", "remove_", "tokens_to_map",
+    "BLOCKS", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv", "GridError", "Impl",
+    "MeasurementError", "MixFFN", "Plan", "SeparableConv", "SurgeryError", "TokenConvError",
+    "TokenGrid", "UnknownNameError", "compare", "cost", "create_block", "depthwise_conv", "fold_",
+    "freeze_grid_", "insert_", "list_blocks", "load_", "map_to_tokens", "param_groups", "plan",
+    "remove_", "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

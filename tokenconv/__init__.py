@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenconv.blocks import BLOCKS, BlockInfo, MixFFN, create_block, list_blocks
 from tokenconv.costs import Cost, cost
 from tokenconv.errors import (
+    CheckpointError,
     GridError,
     MeasurementError,
     SurgeryError,
@@ -16,18 +17,30 @@ from tokenconv.errors import (
     UnknownNameError,
 )
 from tokenconv.grid import TokenGrid, map_to_tokens, tokens_to_map
-from tokenconv.layers import DWConv
+from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 if TYPE_CHECKING:
     from tokenconv.profiling import Comparison, compare
-    from tokenconv.surgery import Plan, insert_, plan, remove_
+    from tokenconv.surgery import (
+        Plan,
+        fold_,
+        freeze_grid_,
+        insert_,
+        load_,
+        param_groups,
+        plan,
+        remove_,
+        save,
+        trainable_,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BLOCKS",
     "BlockInfo",
+    "CheckpointError",
     "Comparison",
     "Cost",
     "DWConv",
@@ -36,6 +49,7 @@ __all__ = [
     "MeasurementError",
     "MixFFN",
     "Plan",
+    "SeparableConv",
     "SurgeryError",
     "TokenConvError",
     "TokenGrid",
@@ -44,21 +58,33 @@ __all__ = [
     "cost",
     "create_block",
     "depthwise_conv",
+    "fold_",
+    "freeze_grid_",
     "insert_",
     "list_blocks",
+    "load_",
     "map_to_tokens",
+    "param_groups",
     "plan",
     "remove_",
+    "save",
     "tokens_to_map",
+    "trainable_",
 ]
 
 _LATER = {
     "Comparison": "tokenconv.profiling",
     "compare": "tokenconv.profiling",
     "Plan": "tokenconv.surgery",
+    "fold_": "tokenconv.surgery",
+    "freeze_grid_": "tokenconv.surgery",
     "insert_": "tokenconv.surgery",
+    "load_": "tokenconv.surgery",
+    "param_groups": "tokenconv.surgery",
     "plan": "tokenconv.surgery",
     "remove_": "tokenconv.surgery",
+    "save": "tokenconv.surgery",
+    "trainable_": "tokenconv.surgery",
 }
 
 

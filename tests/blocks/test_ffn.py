@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers import Mlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 from transformers import SegformerConfig
@@ -94,3 +95,41 @@ def test_activation_can_be_chosen():
 def test_bad_arguments_are_refused(kwargs):
     with pytest.raises(ValueError, match="expected"):
         tc.MixFFN(10, **kwargs)
+
+
+@pytest.mark.parametrize(("rows", "cols", "prefix"), [(5, 7, 0), (1, 9, 2), (8, 3, 1)])
+def test_separable_ffn_is_its_formula(rows, cols, prefix):
+    ours = tc.create_block("separable_ffn", dim=10, mlp_ratio=3, kernel_size=5).double()
+    randomize_(ours)
+    theirs = LiteralSeparableFFN(ours.state_dict(), rows, cols, prefix)
+    grid = tc.TokenGrid((rows, cols), prefix)
+    x = torch.randn(2, grid.num_tokens, 10, dtype=torch.float64)
+    outputs = [ours(x, grid), theirs(x)]
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+    grads = [
+        torch.autograd.grad(out.sin().sum(), list(module.parameters()))
+        for out, module in zip(outputs, (ours, theirs), strict=True)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-9, atol=1e-11)
+
+
+class LiteralSeparableFFN(nn.Module):
+    """The formula, with torch's own convolutions on maps."""
+
+    def __init__(self, state, rows, cols, prefix):
+        super().__init__()
+        self.size, self.prefix = (rows, cols), prefix
+        self.mlp = Mlp(10, 30, dtype=torch.float64)
+        self.depthwise = nn.Conv2d(10, 10, 5, padding=2, groups=10, dtype=torch.float64)
+        self.pointwise = nn.Conv2d(10, 10, 1, dtype=torch.float64)
+        own = dict(zip(self.state_dict(), state.values(), strict=True))
+        own["pointwise.weight"] = own["pointwise.weight"][..., None, None]
+        self.load_state_dict(own)
+
+    def forward(self, x):
+        x = x.clone()
+        fmap = x[:, self.prefix :].transpose(1, 2).unflatten(2, self.size)
+        grid = self.pointwise(self.depthwise(fmap)).flatten(2).transpose(1, 2)
+        prefix = x[:, : self.prefix] @ self.pointwise.weight[..., 0, 0].T + self.pointwise.bias
+        return self.mlp(x) + torch.cat([prefix, grid], dim=1)
