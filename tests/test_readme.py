@@ -21,17 +21,24 @@ SHELL = [
 COMMANDS = [line for line in SHELL if line.startswith("tokenconv ")]
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.splitlines()[-1][:40])
-def test_python_blocks_print_what_their_comments_say(block, capsys):
-    exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    promised = re.findall(r"^print\(.*\)\s+# ([^:\n]+)", block, re.MULTILINE)
-    assert promised
-    assert printed == promised
+def test_python_blocks_run_in_order_and_print_what_their_comments_say(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), namespace)
+    promised = re.findall(r"^print\(.*\)\s+# ([^:\n]+)", "".join(PYTHON), re.MULTILINE)
+    assert len(promised) >= 3
+    assert capsys.readouterr().out.splitlines() == promised
+    assert {path.name for path in (tmp_path / "hybrid").iterdir()} == {
+        "plan.json",
+        "delta.safetensors",
+    }
 
 
 def test_insertion_takes_ten_lines():
-    (insertion,) = [block for block in PYTHON if "insert_" in block]
+    insertion = next(block for block in PYTHON if "insert_" in block)
     assert len([line for line in insertion.splitlines() if line.strip()]) <= 10
 
 

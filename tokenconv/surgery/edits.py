@@ -94,6 +94,8 @@ class Insertion:
     """The plan that was carried out."""
     folded: bool = False
     """Whether ``fold_`` has folded what was inserted."""
+    domains: Any = None
+    """The values of each domain, where the model has domains."""
     attached: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Modules that were given a child, and its name."""
     handles: list[RemovableHandle] = field(default_factory=list)
