@@ -26,8 +26,8 @@ def run_list(args: argparse.Namespace) -> None:
     for name in list_blocks(args.pattern):
         info = BLOCKS[name]
         sites = ", ".join(info.sites)
-        print(f"{name}  {info.group}  sites: {sites}  prefix tokens: {info.prefix_policy}")
-        print(f"    {info.paper}")
+        policy = f"prefix tokens: {info.prefix_policy}"
+        print(f"{name}  {info.group}  sites: {sites}  {policy}  {info.paper}")
 
 
 def run_plan(args: argparse.Namespace) -> None:

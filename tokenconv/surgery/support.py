@@ -59,12 +59,14 @@ def format_matrix(pattern: str = "*") -> str:
         cells = [row.family, row.model_class, str(row.architectures)]
         cells += [_cell(row.sites.get(site, 0), row.architectures) for site in SITES]
         lines.append(" | ".join(cells))
-        whys = {why for site, why in row.reasons.items() if row.sites.get(site, 0) == 0}
+        whys = {why for site, why in row.reasons.items() if SITES.get(site) != "conv"}
         notes += [f"- {row.family}, {row.model_class}: {why}" for why in sorted(whys)]
     table = "\n".join(f"| {line} |" for line in lines)
-    return f"timm {version}; of how many architectures a block takes the site\n\n{table}\n\n" + (
-        "\n".join(notes)
+    about = (
+        f"timm {version}: in how many architectures some block takes the site. merge_conv and "
+        f"remove_conv are for MLPs that have a convolution."
     )
+    return "\n".join([about, "", table, "", "What is left out, first case met:", *notes])
 
 
 def _cell(count: int, of: int) -> str:
@@ -133,7 +135,7 @@ def _sees_tokens(model: nn.Module) -> bool:
 def _watch(widths: set[int], seen: list[bool]) -> Any:
     def hook(module: nn.Module, args: Sequence[Tensor]) -> None:
         shape = args[0].shape
-        seen.append(len(shape) in (3, 4) and shape[1] > 1 and 2 * max(widths) >= shape[-1] > 1)
+        seen.append(len(shape) in (3, 4) and bool({shape[-1], 2 * shape[-1]} & widths))
 
     return hook
 
