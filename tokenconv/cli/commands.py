@@ -75,7 +75,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def build_arms(
-    model: nn.Module, blocks: list[str], kernel_size: int, **where: Any
+    model: nn.Module, names: list[str], kernel_size: int, **where: Any
 ) -> tuple[dict[str, nn.Module], str]:
     """The models to compare, all from the same weights; the first is the baseline.
 
@@ -91,10 +91,10 @@ def build_arms(
         arms["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
         reference = "original"
     except SurgeryError:
-        if "none" in blocks:
+        if "none" in names:
             raise
     arms[reference] = model
-    for block in dict.fromkeys(blocks):
+    for block in dict.fromkeys(names):
         if block != "none":
             arms[block] = insert_(copy.deepcopy(model), block, kernel_size=kernel_size, **where)
     return arms, reference
