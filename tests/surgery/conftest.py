@@ -34,6 +34,9 @@ class Case:
     size: tuple[int, int]
     num_prefix_tokens: int
 
+    def __hash__(self) -> int:
+        return hash((self.architecture, self.size))
+
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         if isinstance(self.architecture, str):
@@ -252,6 +255,11 @@ FAMILIES = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Case:
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def families() -> dict[str, Case]:
+    return FAMILIES
 
 
 @pytest.fixture(params=CASES)
