@@ -34,8 +34,9 @@ class Nothing(nn.Module):
 
 
 def bound(model: nn.Module) -> nn.Module:
-    """The model with a bound grid in every MLP and no convolution."""
-    hybrid = tc.insert_(copy.deepcopy(model), "mix_ffn", site="before_act")
+    """The model with a bound grid in every MLP and no convolution; the weights are the same."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    hybrid = tc.insert_(copy.deepcopy(model, shared), "mix_ffn", site="before_act")
     for name in [name for name, _ in hybrid.named_modules()]:
         if name.endswith(".act.before"):
             hybrid.set_submodule(name, Nothing())
