@@ -120,9 +120,7 @@ class BoundBlock:
     """A block together with the grids of one forward pass; made anew for every pass."""
 
     def __init__(self, binding: GridBinding, block: nn.Module, carriers: Carriers):
-        self._binding = binding
-        self._block = block
-        self._carriers = carriers
+        vars(self).update(_binding=binding, _block=block, _carriers=carriers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block in the scope of its grids."""
@@ -134,7 +132,10 @@ class BoundBlock:
             eager.scope = outer
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
+        return getattr(vars(self)["_block"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
 
 
 class _Capture(nn.Module):
@@ -162,8 +163,9 @@ class _Capture(nn.Module):
         if not isinstance(index, slice):
             return blocks[1]
         part = self._plain()
-        for name, block in blocks:
-            part.add_module(name, block)  # pyright: ignore[reportArgumentType]
+        for i, (name, block) in enumerate(blocks):
+            renamed = str(i) if isinstance(part, nn.ModuleList) else name  # as torch does
+            part.add_module(renamed, block)  # pyright: ignore[reportArgumentType]
         capture(part, self._binding)
         return part
 

@@ -36,6 +36,10 @@ CHILDREN = {
 """From the first word of a site to the name of the inserted child."""
 
 
+TAKES_THE_PLACE = ("replace_", "merge_", "remove_")
+"""How sites begin that put something in the place of a module; such edits are made first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """One change at one site of a model."""
@@ -69,6 +73,10 @@ def edit_for(model: nn.Module, place: Place, site: str, block: str, kwargs: dict
         ValueError: If an argument does not fit the block.
     """
     exact = site not in ("replace_attn", "remove_conv")
+    if (block == NONE) != (site == "remove_conv"):
+        raise SurgeryError(
+            f'{block!r} has no form for {site} at {place.host}; only "none" goes to remove_conv'
+        )
     if block == NONE:
         if kwargs:
             raise SurgeryError(f'"none" takes no arguments, got {", ".join(kwargs)}')
@@ -126,6 +134,7 @@ def carry_out(model: nn.Module, edits: Sequence[Edit], plan: Any = None) -> None
         SurgeryError: If the model does not look as the edits expect.
     """
     binding = GridBinding()
+    edits = sorted(edits, key=lambda edit: not edit.site.startswith(TAKES_THE_PLACE))
     with torch.inference_mode(False):  # or the new parameters could never be trained
         blocks = [_block_for(model, edit) for edit in edits]
     insertion = Insertion(plan)
@@ -149,11 +158,12 @@ def take_back(model: nn.Module) -> None:
         model.set_submodule(name, original)
     for module in modules.values():
         release(module)
-    for host, child in insertion.attached:
-        delattr(host, child)
     for handle in insertion.handles:
         handle.remove()
-    del model._tokenconv
+    for host, child in insertion.attached:
+        host._modules.pop(child, None)  # it may be gone already, or not have come
+        vars(host).pop(child, None)
+    vars(model).pop("_tokenconv", None)
 
 
 def _layout(place: Place, binding: GridBinding) -> Layout:
@@ -202,6 +212,7 @@ def _bind(
     model: nn.Module, places: Sequence[Place], binding: GridBinding, insertion: Insertion
 ) -> None:
     """Hook the sources, and the containers on the way from the model to the places."""
+    _capture_above(model, places, binding)
     carried = [place for place in places if place.source is not None]
     if not carried:
         return
@@ -215,7 +226,15 @@ def _bind(
         root.register_forward_pre_hook(binding.clear),
         root.register_forward_hook(binding.clear),
     ]
-    for name in sorted({above for place in carried for above in _above(place.host)}):
+
+
+def _capture_above(model: nn.Module, places: Sequence[Place], binding: GridBinding) -> None:
+    """Capture the containers above the places.
+
+    Also where no grid is carried: a graph that was compiled before sees the new class and is
+    compiled anew, while new hooks alone would not be noticed.
+    """
+    for name in sorted({above for place in places for above in _above(place.host)}):
         container = model.get_submodule(name)
         # A list of lists is indexed or zipped before its grids are made; the inner lists bind.
         nested = all(isinstance(child, nn.ModuleList) for child in container.children())

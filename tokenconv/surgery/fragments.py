@@ -208,7 +208,15 @@ class _Vacancy(Replacement):
         ]
         waiting = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
         if waiting:
-            self.original.module.load_state_dict(waiting)
+            metadata, _, missing, unexpected, errors = args
+            assign = metadata.get("assign_to_params_buffers", False)
+            try:
+                result = self.original.module.load_state_dict(waiting, strict=False, assign=assign)
+            except RuntimeError as error:  # sizes
+                errors.append(f"{prefix}: {error}")
+            else:
+                missing += [prefix + key for key in result.missing_keys]
+                unexpected += [prefix + key for key in result.unexpected_keys]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -114,6 +114,7 @@ class Plan:
             )
             lists = {name: tuple(content[name]) for name in ("input_size", "skipped")}
             made = cls(**{**content, **lists, "edits": edits})
+            _check_types(made)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, SurgeryError):
                 raise
@@ -121,7 +122,25 @@ class Plan:
         for edit in made.edits:
             if edit.site not in SITES:
                 raise UnknownNameError("site", edit.site, SITES)
+            if edit.block != NONE and edit.block not in BLOCKS:
+                raise UnknownNameError("block", edit.block, [*BLOCKS, NONE])
         return made
+
+
+def _check_types(made: Plan) -> None:
+    texts = [text for e in made.edits for text in (e.site, e.block, e.place.host)]
+    flags = [made.allow_change, *(edit.exact for edit in made.edits)]
+    counts = [n for e in made.edits for n in (e.added_params, e.added_macs, e.place.dim)]
+    sides = list(made.input_size)
+    if (
+        not made.edits
+        or not all(isinstance(text, str) for text in [made.model_class, *texts, *made.skipped])
+        or not all(isinstance(flag, bool) for flag in flags)
+        or not all(type(number) is int for number in counts + sides)
+        or not (len(sides) == 3 and all(side > 0 for side in sides))
+        or not all(isinstance(edit.kwargs, dict) for edit in made.edits)
+    ):
+        raise TypeError("its entries are not what to_json writes")
 
 
 def plan(
@@ -273,10 +292,12 @@ def rehearse(found: Survey, draft: Plan) -> Plan:
         carry_out(found.meta, edits)
         names = _inside(lost | inserted, prefix)
         after = price(root, found.input_size, sites=names).sites
-    except (MeasurementError, SurgeryError) as error:
+    except (MeasurementError, SurgeryError, UnknownNameError) as error:
         raise SurgeryError(f"the plan does not run on this model: {error}") from error
     return replace(
-        draft, edits=tuple(_priced(edit, before, after, prefix) for edit in edits)
+        draft,
+        input_size=found.input_size,
+        edits=tuple(_priced(edit, before, after, prefix) for edit in edits)
     )  # fmt: skip
 
 
@@ -310,8 +331,9 @@ def _without_conflict(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
     """Refuse two edits that need the same place."""
     taken: dict[tuple[str, str], Edit] = {}
     for edit in edits:
-        position = edit.inserted or "convolution"
-        other = taken.setdefault((edit.place.host, position.rpartition(".")[2]), edit)
+        own = edit.site in ("merge_conv", "remove_conv")
+        position = "convolution" if own else edit.site.partition("_")[0]
+        other = taken.setdefault((edit.place.host, position), edit)
         if other is not edit:
             raise SurgeryError(
                 f"{other.block} and {edit.block} cannot both go to {edit.place.host} ({edit.site})"

@@ -286,6 +286,11 @@ class _Look:
                 raise SurgeryError(
                     f"{name} is a {type(host).__name__}; expected the nn.Conv2d that timm has there"
                 )
+            if site == "merge_conv" and not _can_be_added_to(host):
+                raise SurgeryError(
+                    f"{name} is {host}; expected a depthwise convolution of stride 1 with an odd, "
+                    f"square kernel and zero padding that keeps the size"
+                )
             return Place(host=prefix + name, dim=host.out_channels)
         if kind == "act" and type(host).__module__.startswith("tokenconv."):
             raise SurgeryError(f"{name} is a {type(host).__name__} of tokenconv")
@@ -364,6 +369,20 @@ class _Look:
         if "" not in self.family.sources or "" not in self.sizes:
             raise SurgeryError(f"{block} sees tokens, and it is not known where their grid is made")
         return "", int(key)
+
+
+def _can_be_added_to(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one that the kernel of a ``DWConv`` can be added to."""
+    side, dilation = conv.kernel_size[0], conv.dilation[0]
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (side, side)
+        and side % 2 == 1
+        and conv.dilation == (dilation, dilation)
+        and conv.stride == (1, 1)
+        and conv.padding == (dilation * (side // 2),) * 2
+        and conv.padding_mode == "zeros"
+    )
 
 
 def has_values(module: nn.Module) -> bool:
