@@ -376,7 +376,7 @@ DAMAGES = {
         lambda f: edited(f, architecture="deit_tiny_patch16_224"),
         r"for a deit_tiny_patch16_224, got a vit_tiny_patch16_224; build the model with timm",
     ),
-    "unknown block": (unknown_block, "does not fit this model: unknown block 'mixffn': did you"),
+    "unknown block": (unknown_block, "cannot be read: unknown block 'mixffn': did you"),
 }
 
 
