@@ -1,6 +1,7 @@
 """Small models of every kind that surgery knows, with weights that hide nothing."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.volo import VOLO
 from torch import Tensor, nn
+
+from tokenconv.surgery.edits import inserted_modules
 
 
 @dataclass(frozen=True)
@@ -292,3 +295,53 @@ def inserted_parameters() -> Callable[[nn.Module], dict[str, nn.Parameter]]:
         return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
 
     return find
+
+
+@pytest.fixture(scope="session")
+def disturb_() -> Callable[..., nn.Module]:
+    """Gives inserted parameters values that show, always the same ones."""
+
+    def disturb(model: nn.Module, std: float = 0.3) -> nn.Module:
+        generator = torch.Generator().manual_seed(4)
+        for block in inserted_modules(model).values():
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=std, generator=generator)
+        return model
+
+    return disturb
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that several threads make them slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_two_threads() -> Callable[..., None]:
+    """Runs a model in two threads at once, and compares with running it alone."""
+
+    def run(model: nn.Module, first: torch.Tensor, second: torch.Tensor, count: int) -> None:
+        with torch.no_grad():
+            expected = [model(first), model(second)]
+        wrong, barrier = [], threading.Barrier(2)
+
+        def work(images: torch.Tensor, alone: torch.Tensor) -> None:
+            barrier.wait()
+            with torch.no_grad():
+                for _ in range(count):
+                    if not torch.allclose(model(images), alone, rtol=1e-4, atol=1e-4):
+                        wrong.append(tuple(images.shape))
+
+        pairs = zip((first, second), expected, strict=True)
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    return run

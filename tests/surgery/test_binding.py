@@ -1,7 +1,6 @@
 """The grid reaches every convolution, whatever the forward pass goes through."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -20,10 +19,9 @@ def images_of(size, batch=2):
 
 
 @pytest.fixture
-def hybrid(dynamic_vit, inserted_parameters):
+def hybrid(dynamic_vit, disturb_):
     tc.insert_(dynamic_vit, "mix_ffn")
-    for parameter in inserted_parameters(dynamic_vit).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(dynamic_vit, std=0.5)
     return dynamic_vit
 
 
@@ -44,23 +42,8 @@ def test_gradient_checkpointing_with_two_forwards_in_flight(hybrid, sizes):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_two_threads_with_different_sizes(hybrid):
-    expected = {size: hybrid(images_of(size)).detach() for size in SIZES[:2]}
-    wrong = []
-
-    def work(size):
-        images = images_of(size)
-        with torch.no_grad():
-            for _ in range(60):
-                if not torch.allclose(hybrid(images), expected[size], atol=1e-5):
-                    wrong.append(size)
-
-    threads = [threading.Thread(target=work, args=(size,)) for size in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+def test_two_threads_with_different_sizes(hybrid, in_two_threads):
+    in_two_threads(hybrid, *(images_of(size) for size in SIZES[:2]), count=60)
 
 
 def test_interleaved_models_do_not_share_a_grid(hybrid):
@@ -133,10 +116,9 @@ def test_attention_masks_reach_the_blocks(hybrid):
     assert not torch.allclose(causal, plain, atol=1e-3)
 
 
-def test_a_new_input_size(inserted_parameters, vit):
+def test_a_new_input_size(vit, disturb_):
     tc.insert_(vit, "mix_ffn")
-    for parameter in inserted_parameters(vit).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(vit, std=0.5)
     vit.set_input_size((80, 64))
     grids = []
     vit.blocks[0].mlp.act.before.register_forward_pre_hook(lambda m, a: grids.append(a[1]))
@@ -144,7 +126,7 @@ def test_a_new_input_size(inserted_parameters, vit):
     assert grids == [tc.TokenGrid((5, 4), 1)]
 
 
-def test_padded_images(inserted_parameters):
+def test_padded_images():
     model = create_model(
         "vit_tiny_patch16_224", embed_dim=48, depth=1, num_heads=3,
         dynamic_img_size=True, dynamic_img_pad=True,

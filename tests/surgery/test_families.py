@@ -48,16 +48,6 @@ class Hybrid:
     before: torch.Tensor
     blocks: list[str]
 
-    def disturbed(self):
-        """A copy whose inserted parameters have values that show."""
-        model = copy.deepcopy(self.model)
-        generator = torch.Generator().manual_seed(4)
-        with torch.no_grad():
-            for module in inserted_modules(model).values():
-                for parameter in module.parameters():
-                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return model
-
 
 @pytest.fixture(scope="module")
 def hybrid(family):
@@ -71,15 +61,17 @@ def hybrid(family):
     return Hybrid(model, plain, images, before, blocks)
 
 
-def test_output_is_bit_equal_at_every_site(hybrid):
+def test_output_is_bit_equal_at_every_site(hybrid, disturb_):
     assert hybrid.before.isfinite().all()
     with torch.no_grad():
         assert torch.equal(hybrid.model(hybrid.images), hybrid.before)
-        assert not torch.equal(hybrid.disturbed()(hybrid.images), hybrid.before)
+        assert not torch.equal(
+            disturb_(copy.deepcopy(hybrid.model), std=0.05)(hybrid.images), hybrid.before
+        )
 
 
-def test_removal_restores_the_model(hybrid):
-    model = tc.remove_(hybrid.disturbed())
+def test_removal_restores_the_model(hybrid, disturb_):
+    model = tc.remove_(disturb_(copy.deepcopy(hybrid.model), std=0.05))
     assert str(model) == str(hybrid.plain)
     assert list(model.state_dict()) == list(hybrid.plain.state_dict())
     with torch.no_grad():
@@ -94,8 +86,8 @@ def test_keys_of_the_model_stay(hybrid):
     assert all(name in names for name, _ in hybrid.plain.named_parameters())
 
 
-def test_copies_and_pickles_compute_the_same(hybrid):
-    model = hybrid.disturbed()
+def test_copies_and_pickles_compute_the_same(hybrid, disturb_):
+    model = disturb_(copy.deepcopy(hybrid.model), std=0.05)
     with torch.no_grad():
         expected = model(hybrid.images)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -104,9 +96,9 @@ def test_copies_and_pickles_compute_the_same(hybrid):
         assert torch.equal(model(hybrid.images), expected)
 
 
-def test_gradients_reach_every_inserted_block(hybrid):
+def test_gradients_reach_every_inserted_block(hybrid, disturb_):
     """From all that the blocks give, since class-token pooling hides the last one's grid."""
-    model = hybrid.disturbed()
+    model = disturb_(copy.deepcopy(hybrid.model), std=0.05)
     outputs = []
     for name in hybrid.blocks:
         model.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out))
@@ -212,8 +204,8 @@ def test_a_mixer_in_place_of_attention(family):
         assert torch.equal(model(images), before)
 
 
-def test_checkpointed_gradients_are_equal(hybrid):
-    model = hybrid.disturbed().train()
+def test_checkpointed_gradients_are_equal(hybrid, disturb_):
+    model = disturb_(copy.deepcopy(hybrid.model), std=0.05).train()
     results = []
     for enable in (False, True):
         try:

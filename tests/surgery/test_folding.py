@@ -34,14 +34,12 @@ both_ways = sites(("vit", "mix_ffn", None), ("pvt_v2", "mix_ffn", None))
 
 
 @pytest.fixture
-def hybrid(case, inserted_parameters):
+def hybrid(case, disturb_):
     """Makes a hybrid whose inserted kernels are far from zero."""
 
     def build(block, site=None, dtype=torch.float64, **kwargs):
         model = tc.insert_(case.build().to(dtype), block, site=site, **kwargs)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in inserted_parameters(model).values():
-            nn.init.normal_(parameter, std=0.3, generator=generator)
+        disturb_(model)
         return model, case.images(dtype=dtype)
 
     return build

@@ -57,14 +57,13 @@ def test_training_output_and_gradients_are_bit_equal(case):
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_random_kernel_acts_from_its_block_on(case, inserted_parameters):
+def test_a_random_kernel_acts_from_its_block_on(case, disturb_):
     model = case.build()
     images = case.images()
     before = outputs_of_blocks(model, images)
     chosen = 1
     tc.insert_(model, "mix_ffn", blocks=chosen)
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(model, std=0.5)
     after = outputs_of_blocks(model, images)
     assert all(torch.equal(a, b) for a, b in zip(before[:chosen], after[:chosen], strict=True))
     for a, b in zip(before[chosen:], after[chosen:], strict=True):
@@ -73,12 +72,11 @@ def test_a_random_kernel_acts_from_its_block_on(case, inserted_parameters):
     assert torch.equal(before[chosen][:, prefix], after[chosen][:, prefix])
 
 
-def test_the_inserted_mlp_computes_the_formula(case, inserted_parameters):
+def test_the_inserted_mlp_computes_the_formula(case, disturb_):
     """Every MLP against a literal one, on its own input: row-major grid, H != W, prefix tokens."""
     model = case.build().double()
     tc.insert_(model, "mix_ffn", kernel_size=5)
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(model, std=0.5)
     seen = []
     mlps = [m for m in model.modules() if isinstance(m, Mlp | MlpWithDepthwiseConv)]
     for mlp in mlps:
@@ -150,10 +148,9 @@ def test_incomplete_checkpoints_are_still_refused(vit):
         model.load_state_dict({**state, "blocks.1.mlp.act.before.scale": torch.ones(1)})
 
 
-def test_hybrid_checkpoints_load_strictly(case, inserted_parameters):
+def test_hybrid_checkpoints_load_strictly(case, disturb_):
     trained = tc.insert_(case.build(), "mix_ffn")
-    for parameter in inserted_parameters(trained).values():
-        nn.init.normal_(parameter)
+    disturb_(trained, std=1.0)
     fresh = tc.insert_(case.build(), "mix_ffn")
     fresh.load_state_dict(trained.state_dict(), strict=True)
     with torch.no_grad():
@@ -161,7 +158,7 @@ def test_hybrid_checkpoints_load_strictly(case, inserted_parameters):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_remove_restores_everything(case, dtype, inserted_parameters):
+def test_remove_restores_everything(case, dtype, disturb_):
     model = case.build().to(dtype)
     images = case.images(dtype=dtype)
     with torch.no_grad():
@@ -169,8 +166,7 @@ def test_remove_restores_everything(case, dtype, inserted_parameters):
     state = copy.deepcopy(model.state_dict())
     layout, attributes = str(model), set(vars(model))
     tc.insert_(model, "mix_ffn", kernel_size=5)
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter)
+    disturb_(model, std=1.0)
     assert tc.remove_(model) is model
     after = model.state_dict()
     assert list(after) == list(state)
@@ -183,10 +179,9 @@ def test_remove_restores_everything(case, dtype, inserted_parameters):
     assert not any(getattr(m, hook) for m in model.modules() for hook in hooks)
 
 
-def test_copies_and_pickles_are_whole_and_independent(case, inserted_parameters):
+def test_copies_and_pickles_are_whole_and_independent(case, disturb_):
     model = tc.insert_(case.build(), "mix_ffn")
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(model, std=0.5)
     images = case.images()
     with torch.no_grad():
         expected = model(images)
@@ -215,10 +210,9 @@ def test_insertion_draws_no_random_numbers(case):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_init_weights_leaves_inserted_kernels_at_identity(vit, inserted_parameters):
+def test_init_weights_leaves_inserted_kernels_at_identity(vit, inserted_parameters, disturb_):
     tc.insert_(vit, "mix_ffn")
-    for parameter in inserted_parameters(vit).values():
-        nn.init.normal_(parameter)
+    disturb_(vit, std=1.0)
     for mode in ("jax", "moco", "reset"):
         vit.init_weights(mode)
         assert not any(p.any() for p in inserted_parameters(vit).values()), mode
@@ -251,10 +245,9 @@ def test_compiled_logits_are_equal(case):
     torch.testing.assert_close(hybrid / scale, expected / scale, rtol=0, atol=1e-6)
 
 
-def test_feature_extractors_see_the_same(case, inserted_parameters):
+def test_feature_extractors_see_the_same(case, disturb_):
     model = tc.insert_(case.build(), "mix_ffn", kernel_size=5)
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(model, std=0.5)
     images = case.images()
     with torch.no_grad():
         (out,) = create_feature_extractor(model, ["head"])(images).values()
@@ -264,10 +257,9 @@ def test_feature_extractors_see_the_same(case, inserted_parameters):
     assert torch.equal(out, expected)
 
 
-def test_traced_model_computes_the_same(vit, inserted_parameters):
+def test_traced_model_computes_the_same(vit, disturb_):
     tc.insert_(vit, "mix_ffn")
-    for parameter in inserted_parameters(vit).values():
-        nn.init.normal_(parameter, std=0.5)
+    disturb_(vit, std=0.5)
     images = torch.randn(2, 3, 48, 80)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates tracing, and warns of shapes in it

@@ -174,3 +174,22 @@ def test_planning_allocates_no_weights(monkeypatch):
     plan = tc.plan(model, "mix_ffn", blocks=slice(20, None))
     assert len(plan.edits) == 4
     assert plan.added_params == 4 * 4096 * 10
+
+
+def test_maps_of_which_any_side_may_be_the_channels_are_refused():
+    model = timm.create_model("test_convnext").eval()  # 24 channels, first map 24x24 at this size
+    with pytest.raises(tc.SurgeryError, match=r"24x24x24, of which .* another input_size"):
+        tc.plan(model, "peg", blocks=0, input_size=(3, 96, 96))
+    inside = tc.plan(model, "mix_ffn", blocks=0, input_size=(3, 96, 96))  # linear layers tell
+    assert inside.edits[0].place == tc.plan(model, "mix_ffn", blocks=0).edits[0].place
+
+
+def test_the_reason_is_that_of_the_same_block(vit):
+    plan = tc.plan(vit, "mix_ffn", blocks=1)
+    twelve = timm.create_model("vit_tiny_patch16_224", depth=12, embed_dim=48, num_heads=3)
+    text = plan.to_json().replace("blocks.1.mlp", "blocks.10.mlp")
+    twelve.blocks[1].mlp.act = nn.PReLU()
+    twelve.blocks[10] = nn.Identity()
+    with pytest.raises(tc.SurgeryError) as raised:
+        tc.insert_(twelve, tc.Plan.from_json(text))
+    assert "blocks.10.mlp.act (before_act): which this model does not have" in str(raised.value)

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
 import tokenconv as tc
 from tokenconv.surgery.binding import _Capture
@@ -36,15 +35,13 @@ two_sites = sites(SITES[0], SITES[3])
 
 
 @pytest.fixture
-def hybrid(case, inserted_parameters):
+def hybrid(case, disturb_):
     """Makes a hybrid whose inserted kernels are far from zero."""
 
     def build(block="mix_ffn", site=None, **kwargs):
         kwargs.setdefault("input_size", (3, *case.size))
         model = tc.insert_(case.build(), block, site=site, allow_change=True, **kwargs)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in inserted_parameters(model).values():
-            nn.init.normal_(parameter, std=0.3, generator=generator)
+        disturb_(model)
         return model, case.images()
 
     return build
@@ -80,10 +77,9 @@ def test_scripted_equals_eager_and_goes_back(hybrid, case, block, site):
     indirect=True,
 )
 @torch.no_grad()
-def test_other_families(family, inserted_parameters):
+def test_other_families(family, disturb_):
     model = tc.insert_(family.build(), "mix_ffn", input_size=(3, *family.size))
-    for parameter in inserted_parameters(model).values():
-        nn.init.normal_(parameter, std=0.3)
+    disturb_(model)
     before = model(family.images())
     scripted = torch.jit.script(freeze_grid_(model, family.size))
     torch.testing.assert_close(scripted(family.images()), before, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenconv as tc
-from tokenconv.surgery.edits import inserted_modules
 
 SIZES = [(64, 96), (96, 64), (64, 64), (48, 128), (128, 80), (112, 112)]
 
@@ -27,24 +25,18 @@ def with_every_kind(model, *, behind_blocks=True):
     plan = plan + tc.plan(model, "peg", site="before_attn")
     if behind_blocks:
         plan = plan + tc.plan(model, "peg", blocks=0)
-    tc.insert_(model, plan)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for module in inserted_modules(model).values():
-            for parameter in module.parameters():
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return tc.insert_(model, plan)
 
 
 @pytest.fixture
-def hybrid(dynamic_vit):
-    return with_every_kind(dynamic_vit)
+def hybrid(dynamic_vit, disturb_):
+    return disturb_(with_every_kind(dynamic_vit), std=0.2)
 
 
 @pytest.fixture(params=["dynamic_vit", "pvt"])
-def any_size(request):
+def any_size(request, disturb_):
     """A hybrid that takes every image size: one that carries one grid, one with four."""
-    return with_every_kind(request.getfixturevalue(request.param))
+    return disturb_(with_every_kind(request.getfixturevalue(request.param)), std=0.2)
 
 
 def compilations(model, sizes, compile_, *, train=False):
@@ -86,10 +78,10 @@ def test_no_more_compilations_than_the_unmodified_model(any_size, train, checkpo
 
 
 @pytest.mark.compile
-def test_blocks_compiled_one_by_one_take_one_compilation_more_at_most(dynamic_vit):
+def test_blocks_compiled_one_by_one_take_one_compilation_more_at_most(dynamic_vit, disturb_):
     """A hook of the compiled block itself is another matter: torch compiles it by itself."""
     plain = copy.deepcopy(dynamic_vit)
-    hybrid = with_every_kind(dynamic_vit, behind_blocks=False)
+    hybrid = disturb_(with_every_kind(dynamic_vit, behind_blocks=False), std=0.2)
     counts = [compilations(m, SIZES[:4], block_by_block) for m in (plain, hybrid)]
     assert counts[1] <= counts[0] + 1
 
@@ -109,24 +101,8 @@ def test_export_with_every_kind_of_block(any_size):
 
 
 @pytest.mark.slow
-def test_a_thousand_forwards_in_two_threads(any_size):
-    expected = {size: any_size(images_of(size)).detach() for size in SIZES[:2]}
-    wrong, barrier = [], threading.Barrier(2)
-
-    def work(size):
-        images = images_of(size)
-        barrier.wait()
-        with torch.no_grad():
-            for _ in range(500):
-                if not torch.allclose(any_size(images), expected[size], rtol=1e-4, atol=1e-4):
-                    wrong.append(size)
-
-    threads = [threading.Thread(target=work, args=(size,)) for size in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+def test_a_thousand_forwards_in_two_threads(any_size, in_two_threads):
+    in_two_threads(any_size, *(images_of(size) for size in SIZES[:2]), count=500)
 
 
 def test_moving_average(hybrid):

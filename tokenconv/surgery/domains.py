@@ -33,8 +33,8 @@ from tokenconv.surgery.checkpoint import (
     tensors_of,
 )
 from tokenconv.surgery.edits import Edit, Insertion, inserted_modules, insertion_of
-from tokenconv.surgery.fragments import MergedConv
 from tokenconv.surgery.plans import Plan
+from tokenconv.surgery.roles import heads, is_depthwise, is_norm
 from tokenconv.surgery.sites import locate
 from tokenconv.surgery.storage import Files, Manifest, read, write
 
@@ -235,15 +235,11 @@ def _check_new(insertion: Insertion, name: str) -> Bank | None:
 
 def _owned(model: nn.Module) -> Values:
     """Values that the active domain has in the model, by key."""
-    whole = [*inserted_modules(model).values(), *_heads(model)]
+    whole = [*inserted_modules(model).values(), *heads(model)]
     owned = {id(module) for top in whole for module in top.modules()}
-    return tensors_of(model, lambda module: id(module) in owned or _is_own(module))
-
-
-def _is_own(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return 1 < module.groups == module.in_channels
-    return isinstance(module, MergedConv) or "norm" in type(module).__name__.lower()
+    return tensors_of(
+        model, lambda module: id(module) in owned or is_norm(module) or is_depthwise(module)
+    )
 
 
 def _copied(values: Values) -> Values:
@@ -273,15 +269,10 @@ def _root(model: nn.Module) -> Any:
     return model.get_submodule(locate(model)[0])
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    found = _root(model).get_classifier()
-    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-
-
 def _linear_head(model: nn.Module) -> nn.Linear | None:
     """The head, if it is a single linear layer."""
-    heads = _heads(model)
-    return heads[0] if len(heads) == 1 and isinstance(heads[0], nn.Linear) else None
+    found = heads(model)
+    return found[0] if len(found) == 1 and isinstance(found[0], nn.Linear) else None
 
 
 def _key_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -291,7 +282,7 @@ def _key_of(model: nn.Module, wanted: nn.Module) -> str:
 def _fresh_head(model: nn.Module, num_classes: int) -> Values:
     head = _linear_head(model)
     if head is None:
-        kinds = ", ".join(type(module).__name__ for module in _heads(model))
+        kinds = ", ".join(type(module).__name__ for module in heads(model))
         raise SurgeryError(
             f"num_classes needs a head that is a single nn.Linear, got {kinds}; leave num_classes "
             f"out to copy the head"

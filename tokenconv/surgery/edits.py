@@ -292,6 +292,6 @@ def _accept_plain_checkpoint(
         for name, module in inserted_modules(model).items()
         for key, value in module.state_dict().items()
     }
-    has_values = not any(value.is_meta for value in inserted.values())
-    if has_values and not inserted.keys() & state_dict.keys():
+    weightless = any(value.is_meta for value in inserted.values())
+    if not weightless and not inserted.keys() & state_dict.keys():
         state_dict.update(inserted)

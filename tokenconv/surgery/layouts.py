@@ -49,17 +49,6 @@ class ChannelsLastMap:
         return block(x.flatten(1, 2), rows, cols).unflatten(1, (rows, cols))
 
 
-@dataclass(frozen=True)
-class FixedGrid:
-    """Tokens ``(B, N, C)`` of one grid."""
-
-    grid: TokenGrid
-
-    def call(self, block: nn.Module, x: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return block(x, self.grid)
-
-
 def halved(side: int, times: int, rounds_up: bool) -> int:
     """A side of a grid after some halvings; a symbol stays a symbol."""
     for _ in range(times):

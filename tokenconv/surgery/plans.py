@@ -257,7 +257,11 @@ def check_fits(model: nn.Module, made: Plan) -> Plan:
         expected, site = edit.place, edit.site
         if (place := places.get((site, expected.host))) is None:
             why = next(
-                (r for (s, n), r in refusals.items() if s == site and expected.host.startswith(n)),
+                (
+                    reason
+                    for (where, name), reason in refusals.items()
+                    if where == site and f"{expected.host}.".startswith(f"{name}.")
+                ),
                 "which this model does not have",
             )
             raise SurgeryError(f"the plan changes {expected.host} ({site}): {why}")

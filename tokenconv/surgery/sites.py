@@ -311,9 +311,9 @@ class _Look:
             record.returns_more or not isinstance(gave, Tensor) or gave.shape != x.shape
         ):
             raise SurgeryError(f"{name} does not return tokens of the shape that it is given")
-        return self._lay(block, name, x, prefix)
+        return self._lay(block, kind, name, x, prefix)
 
-    def _lay(self, block: str, name: str, x: Tensor, prefix: str) -> Place:
+    def _lay(self, block: str, kind: str, name: str, x: Tensor, prefix: str) -> Place:
         shape = tuple(x.shape)
         text = f"({', '.join(['B', *(str(s) for s in shape[1:])])})"
         if len(shape) in (3, 4) and shape[0] != _BATCH:
@@ -321,7 +321,7 @@ class _Look:
                 f"{name} sees {shape[0] // _BATCH} windows per image, and not the whole grid"
             )
         if len(shape) == 4:
-            if not self._channels_last(block, shape):
+            if not self._channels_last(block, kind, name, shape):
                 raise SurgeryError(f"{name} sees maps (B, C, H, W), here {text}, and no tokens")
             return Place(host=prefix + name, dim=shape[3])
         if len(shape) != 3:
@@ -343,18 +343,23 @@ class _Look:
             num_prefix_tokens=num_prefix_tokens,
         )
 
-    def _channels_last(self, block: str, shape: tuple[int, ...]) -> bool:
-        """Whether a map is ``(B, H, W, C)``; the linear layers of the block's MLP tell C."""
+    def _channels_last(self, block: str, kind: str, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a map is ``(B, H, W, C)``, as one that goes through linear layers."""
+        mlp = {"act": name.rpartition(".")[0], "mlp": name}.get(kind)
         widths = {
-            m.in_features
-            for m in self.model.get_submodule(block).modules()
+            width
+            for m in self.model.get_submodule(mlp or block).modules()
             if isinstance(m, nn.Linear)
-        } | {
-            m.out_features
-            for m in self.model.get_submodule(block).modules()
-            if isinstance(m, nn.Linear)
+            for width in (m.in_features, m.out_features)
         }
-        return shape[3] in widths and (shape[1] not in widths or shape[1] == shape[2])
+        if mlp:
+            return bool(widths)
+        if shape[1] in widths and shape[3] in widths:
+            raise SurgeryError(
+                f"{name} sees maps of {shape[1]}x{shape[2]}x{shape[3]}, of which any side may be "
+                f"the channels; plan with another input_size"
+            )
+        return shape[3] in widths
 
     def _stage(self, block: str) -> tuple[str, int]:
         """Key of the source of a block's grid, and how often that grid has been halved."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from tokenconv.errors import SurgeryError, UnknownNameError
 from tokenconv.surgery.edits import inserted_modules, insertion_of
+from tokenconv.surgery.roles import heads, is_depthwise, is_norm
 
 PRESETS = ("inserted", "inserted+head", "depthwise+norm+head", "all")
 """What ``trainable_`` takes."""
@@ -140,19 +141,15 @@ def _inserted(model: nn.Module) -> _Part:
 
 
 def _head(model: nn.Module) -> _Part:
-    for module in model.modules():
-        if callable(getattr(module, "get_classifier", None)):
-            head: Any = module.get_classifier()  # pyright: ignore[reportCallIssue]
-            return [(True, h) for h in (head if isinstance(head, (tuple, list)) else [head])]
-    return []
+    return [(True, head) for head in heads(model)]
 
 
 def _depthwise(model: nn.Module) -> _Part:
-    return [(False, module) for module in model.modules() if _is_depthwise(module)]
+    return [(False, module) for module in model.modules() if is_depthwise(module)]
 
 
 def _norms(model: nn.Module) -> _Part:
-    return [(False, module) for module in model.modules() if _is_norm(module)]
+    return [(False, module) for module in model.modules() if is_norm(module)]
 
 
 def _everything(model: nn.Module) -> _Part:
@@ -166,18 +163,6 @@ _PARTS: dict[str, Callable[[nn.Module], _Part]] = {
     "norm": _norms,
     "all": _everything,
 }
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    """Whether every kernel of a convolution sees one channel out of many."""
-    weight = module._parameters.get("weight")
-    grey = getattr(module, "groups", None) == 1  # an embedding of images with one channel
-    return weight is not None and weight.ndim > 2 and weight.shape[1] == 1 and not grey
-
-
-def _is_norm(module: nn.Module) -> bool:
-    named = any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
-    return named and all(p.ndim <= 1 for p in module.parameters(recurse=False))
 
 
 def _refuse_dead_kernels(model: nn.Module, chosen: set[int]) -> None:
