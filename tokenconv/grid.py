@@ -46,14 +46,13 @@ class TokenGrid:
         for length in size:
             if not _is_count(length) or length < 1:
                 raise GridError(f"expected positive integers as grid size, got {tuple(size)!r}")
-        if not _is_count(self.num_prefix_tokens) or self.num_prefix_tokens < 0:
-            raise GridError(f"expected num_prefix_tokens >= 0, got {self.num_prefix_tokens!r}")
+        _check_prefix(self.num_prefix_tokens)
         if type(size) is not tuple:
             object.__setattr__(self, "size", tuple(size))
 
     @classmethod
-    def of(cls, *grid: "int | tuple[int, ...] | TokenGrid") -> "TokenGrid":
-        """The grid that a ``forward(x, *grid)`` was given.
+    def of(cls, *grid: "Grid") -> "TokenGrid":
+        """The full grid that a ``forward(x, *grid)`` was given.
 
         Args:
             *grid: ``H, W`` (or ``T, H, W``) as integers, one tuple of them, or a ``TokenGrid``.
@@ -65,6 +64,11 @@ class TokenGrid:
             (only,) = grid
             if isinstance(only, TokenGrid):
                 return only
+            if isinstance(only, SparseGrid):
+                raise GridError(
+                    "expected tokens that fill their grid, got a SparseGrid; only depthwise "
+                    "convolutions, and blocks made of them, run where tokens are missing"
+                )
             if isinstance(only, (tuple, list)):
                 return cls(tuple(only))
         return cls(grid)  # pyright: ignore[reportArgumentType]  # checked by __post_init__
@@ -113,11 +117,83 @@ class TokenGrid:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class SparseGrid:
+    """Tokens at some positions of a grid, other ones for every image.
+
+    For patch dropout, masked tokens and images of several sizes packed into one batch. A position
+    without a token counts as zero, like the padding of a convolution.
+
+    Args:
+        coords: Row and column of every token behind the prefix, in any order: integers
+            ``(B, L, 2)``, or ``(B, L, 3)`` with the frame first; not above ``2**19``. Negative
+            where a slot holds no token: such a slot is passed over, and passes unchanged.
+        num_prefix_tokens: Tokens in front of the others (class, distillation, registers).
+
+    Raises:
+        GridError: If ``coords`` has another shape or no integers, or the prefix count is negative.
+    """
+
+    coords: Tensor
+    num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        coords = self.coords
+        if coords.ndim != 3 or coords.shape[2] not in _AXES or coords.is_floating_point():
+            raise GridError(
+                f"expected integer coords (B, L, 2) or (B, L, 3), got {coords.dtype} "
+                f"{tuple(coords.shape)}"
+            )
+        _check_prefix(self.num_prefix_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of an image, ``num_prefix_tokens`` plus L."""
+        return self.num_prefix_tokens + self.coords.shape[1]
+
+    def check(self, x: Tensor) -> None:
+        """Refuse tokens that are not those of this grid.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+
+        Raises:
+            GridError: If ``x`` has other dimensions, images or tokens than ``coords``.
+        """
+        images, slots, _ = self.coords.shape
+        if x.ndim != 3 or x.shape[0] != images or x.shape[1] != self.num_tokens:
+            raise GridError(
+                f"expected {images} images of {self.num_tokens} tokens "
+                f"({self.num_prefix_tokens} prefix + {slots}), got a tensor of shape "
+                f"{tuple(x.shape)}"
+            )
+
+
+Grid = int | tuple[int, ...] | TokenGrid | SparseGrid
+"""What ``forward(x, *grid)`` takes: ``H, W`` as integers, one tuple, or a grid."""
+
+
+def grid_of(*grid: Grid) -> TokenGrid | SparseGrid:
+    """The grid, full or sparse, that a ``forward(x, *grid)`` was given.
+
+    Raises:
+        GridError: If it is none.
+    """
+    if len(grid) == 1 and isinstance(grid[0], SparseGrid):
+        return grid[0]
+    return TokenGrid.of(*grid)
+
+
+def _check_prefix(num_prefix_tokens: int) -> None:
+    if not _is_count(num_prefix_tokens) or num_prefix_tokens < 0:
+        raise GridError(f"expected num_prefix_tokens >= 0, got {num_prefix_tokens!r}")
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, _COUNTS) and not isinstance(value, bool)
 
 
-def tokens_to_map(x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+def tokens_to_map(x: Tensor, *grid: Grid) -> Tensor:
     """Fold tokens into a map, as a view; prefix tokens are left out.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import Grid
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -72,12 +72,12 @@ class MixFFN(nn.Module):
         if self.dwconv.bias is not None:
             nn.init.zeros_(self.dwconv.bias)
 
-    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Run the feed-forward.
 
         Args:
             x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
 
         Returns:
             Tokens ``(B, N, C)``.
@@ -142,12 +142,12 @@ class SeparableFFN(nn.Module):
         self.conv.reset_parameters()
         _init_linears_(self.fc1, self.fc2, self.conv.pointwise)
 
-    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Run the feed-forward.
 
         Args:
             x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
 
         Returns:
             Tokens ``(B, N, C)``.

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor, nn
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import Grid
 from tokenconv.layers import DWConv
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -52,12 +52,12 @@ class PEG(nn.Module):
         """Parameters that Twins keeps out of weight decay: the kernel (biases always are)."""
         return {"proj.weight"}
 
-    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Add the position encoding.
 
         Args:
             x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
 
         Returns:
             Tokens ``(B, N, C)``.

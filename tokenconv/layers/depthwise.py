@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import Grid, grid_of
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 _FOLDED = 2
@@ -113,12 +113,12 @@ class DWConv(nn.Module):
         self.residual, self._version = False, _FOLDED
         return True
 
-    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Convolve the tokens.
 
         Args:
             x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
 
         Returns:
             Tokens ``(B, N, C)``.
@@ -164,14 +164,14 @@ def _convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grid: tuple[int | tuple[int, ...] | TokenGrid, ...],
+    grid: tuple[Grid, ...],
     dilation: int,
     residual: bool,
     impl: Impl | str | None,
 ) -> Tensor:
     """One fx node: the checks behind it cannot be traced symbolically."""
     return depthwise_conv(
-        x, weight, bias, TokenGrid.of(*grid), dilation=dilation, residual=residual, impl=impl
+        x, weight, bias, grid_of(*grid), dilation=dilation, residual=residual, impl=impl
     )
 
 

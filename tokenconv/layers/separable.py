@@ -5,7 +5,7 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 
 from torch import Tensor, nn
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import Grid
 from tokenconv.layers.depthwise import DWConv
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -60,12 +60,12 @@ class SeparableConv(nn.Module):
         for parameter in self.pointwise.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, *grid: int | tuple[int, ...] | TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Convolve the tokens.
 
         Args:
             x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, or a ``TokenGrid``.
+            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
 
         Returns:
             Tokens ``(B, N, out_dim)``.

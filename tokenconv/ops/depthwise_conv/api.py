@@ -3,14 +3,15 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
-from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 from torch import Tensor
 
 from tokenconv.errors import UnknownNameError
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import SparseGrid, TokenGrid, grid_of
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
+from tokenconv.ops.depthwise_conv.gather import depthwise_conv_gather
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
 
 
@@ -21,6 +22,8 @@ class Impl(StrEnum):
     """Shifted multiply-adds, one per kernel tap: slow and obvious."""
     CONV2D = "conv2d"
     """``torch.nn.functional.conv2d`` on a view of the tokens."""
+    GATHER = "gather"
+    """One gather per kernel tap, for tokens that do not fill their grid."""
 
     @classmethod
     def of(cls, name: "Impl | str") -> "Impl":
@@ -30,19 +33,16 @@ class Impl(StrEnum):
         return cls(name)
 
 
-_Implementation = Callable[[Tensor, Tensor, Tensor | None, TokenGrid, int, bool], Tensor]
-
-_IMPLEMENTATIONS: dict[Impl, _Implementation] = {
-    Impl.REFERENCE: depthwise_conv_reference,
-    Impl.CONV2D: depthwise_conv_conv2d,
-}
+_FULL = {Impl.CONV2D: depthwise_conv_conv2d, Impl.REFERENCE: depthwise_conv_reference}
+_SPARSE = {Impl.GATHER: depthwise_conv_gather}
+"""By kind of grid; the first is taken where none is asked for."""
 
 
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grid: TokenGrid | tuple[int, ...],
+    grid: TokenGrid | SparseGrid | tuple[int, ...],
     *,
     dilation: int = 1,
     residual: bool = False,
@@ -53,10 +53,11 @@ def depthwise_conv(
     Prefix tokens (class, registers) pass through unchanged. The grid is zero-padded and keeps its
     size. On a ``(T, H, W)`` grid each frame is convolved by itself. Equals
     ``F.conv2d(map, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)`` on
-    the folded grid.
+    the folded grid; for a ``SparseGrid``, on a map that is zero where no token is.
 
     Args:
-        x: Tokens ``(B, N, C)``, prefix tokens first, then the grid in row-major order.
+        x: Tokens ``(B, N, C)``, prefix tokens first, then the grid in row-major order, or those
+            of a ``SparseGrid`` in its order.
         weight: One odd-sided kernel per channel, ``(C, 1, K, K)``.
         bias: ``(C,)`` or None.
         grid: Size and prefix count of ``x``; a plain size means no prefix tokens.
@@ -69,18 +70,23 @@ def depthwise_conv(
 
     Raises:
         GridError: If ``x`` does not hold ``grid.num_tokens`` tokens.
-        ValueError: If weight, bias or dilation do not fit, or ``impl`` is unknown.
+        ValueError: If weight, bias or dilation do not fit, or ``impl`` is unknown or made for the
+            other kind of grid.
 
     References:
         MobileNets, section 3.1, https://arxiv.org/abs/1704.04861
     """
-    if not isinstance(grid, TokenGrid):
-        grid = TokenGrid.of(grid)
+    grid = grid_of(grid)
     grid.check(x)
     _check_kernel(x, weight, bias, dilation)
-    return _IMPLEMENTATIONS[Impl.CONV2D if impl is None else Impl.of(impl)](
-        x, weight, bias, grid, dilation, residual
-    )
+    implementations: Any = _SPARSE if isinstance(grid, SparseGrid) else _FULL
+    chosen = next(iter(implementations)) if impl is None else Impl.of(impl)
+    if chosen not in implementations:
+        raise ValueError(
+            f"impl={str(chosen)!r} takes no {type(grid).__name__}; take "
+            f"{' or '.join(repr(str(name)) for name in implementations)}, or leave impl out"
+        )
+    return implementations[chosen](x, weight, bias, grid, dilation, residual)
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
