@@ -9,11 +9,11 @@ import pytest
 import tokenconv as tc
 
 PUBLIC = [
-    "BLOCKS", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv", "GridError", "Impl",
-    "MeasurementError", "MixFFN", "Plan", "SeparableConv", "SparseGrid", "SurgeryError", "TokenConvError",
-    "TokenGrid", "UnknownNameError", "compare", "cost", "create_block", "depthwise_conv", "fold_",
-    "freeze_grid_", "insert_", "list_blocks", "load_", "map_to_tokens", "param_groups", "plan",
-    "remove_", "save", "tokens_to_map", "trainable_",
+    "BLOCKS", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv", "GridError",
+    "Impl", "MeasurementError", "MixFFN", "Plan", "SeparableConv", "SparseGrid", "SurgeryError",
+    "TokenConvError", "TokenGrid", "UnknownNameError", "compare", "cost", "create_block",
+    "depthwise_conv", "fold_", "freeze_grid_", "insert_", "keep_tokens", "list_blocks", "load_",
+    "map_to_tokens", "param_groups", "plan", "remove_", "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

@@ -123,7 +123,6 @@ def test_zero_residual_convolution_is_the_identity_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("block", ["mix_ffn", "peg", "separable_ffn"])
 def test_blocks_take_sparse_grids(block):
-    grid, _ = make([(3, 5), (5, 3)], 15, 1, 3)
     model = tc.create_block(block, 8).double()
     index = torch.arange(15)
     sizes = [torch.stack([index // w, index % w], dim=-1) for w in (5, 3)]

@@ -11,7 +11,7 @@ from tokenconv.surgery.domains import (
 )
 from tokenconv.surgery.edits import Edit
 from tokenconv.surgery.folding import FoldReport, fold_
-from tokenconv.surgery.lifecycle import insert_, remove_
+from tokenconv.surgery.lifecycle import insert_, keep_tokens, remove_
 from tokenconv.surgery.plans import Plan, plan
 from tokenconv.surgery.scripting import freeze_grid_
 from tokenconv.surgery.training import param_groups, trainable_
@@ -25,6 +25,7 @@ __all__ = [
     "fold_",
     "freeze_grid_",
     "insert_",
+    "keep_tokens",
     "list_domains",
     "load_",
     "load_domain",

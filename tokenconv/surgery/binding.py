@@ -7,7 +7,8 @@ later, in another thread, after another forward of another size. A container ins
 is running binds what the running block is bound to.
 
 A grid travels as the shape of a tensor without elements. Integers read from a context are
-constants for ``torch.compile`` and ``torch.export``; a tensor's shape stays symbolic.
+constants for ``torch.compile`` and ``torch.export``; a tensor's shape stays symbolic. Where tokens
+are missing, their positions travel instead.
 
 Eager state is kept per thread. Under ``torch.compile`` it is a plain attribute, since Dynamo
 loses thread-local writes across a graph break; nothing is written inside a block then, because
@@ -26,7 +27,8 @@ from tokenconv.errors import SurgeryError
 from tokenconv.surgery.families import Source
 
 Carriers = dict[str, Tensor]
-"""Grids of one forward pass, by source: tensors ``(0, H, W)``."""
+"""Grids of one forward pass, by source: ``(0, H, W)`` floats whose shape counts or, where tokens
+are missing, integers ``(B, L, 2)`` as in ``SparseGrid``."""
 
 
 class _EagerState(threading.local):
@@ -64,6 +66,20 @@ class GridBinding:
         else:
             self._eager.pending = {**self._eager.pending, key: carrier}
 
+    def narrow(self, key: str, kept: Tensor) -> None:
+        """Say which tokens are left: indices ``(B, L)`` into those there were, negative for none.
+
+        Raises:
+            SurgeryError: If the source has not run.
+        """
+        traced = torch.compiler.is_compiling()
+        pending = self._traced.pending if traced else self._eager.pending
+        if key not in pending:
+            raise SurgeryError(
+                "no grid is known that tokens could be taken from; the patch embedding comes first"
+            )
+        self.note(key, _left(pending[key], kept))
+
     def clear(self, model: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
         """Forward hook and pre-hook of the model: no forward pass leaves anything behind."""
         if torch.compiler.is_compiling():
@@ -85,7 +101,7 @@ class GridBinding:
         return [BoundBlock(self, block, carriers) for block in blocks] if carriers else blocks
 
     def carrier(self, key: str) -> Tensor:
-        """The grid of a source in the forward pass that is running, as a tensor ``(0, H, W)``.
+        """The grid of a source in the forward pass that is running; see ``Carriers``.
 
         Raises:
             SurgeryError: If the source has not run in front of the block.
@@ -101,16 +117,31 @@ class GridBinding:
         return carriers[key]
 
 
+def _left(carrier: Tensor, kept: Tensor) -> Tensor:
+    if carrier.is_floating_point():
+        cols = carrier.shape[2]
+        coords = torch.stack([kept // cols, kept % cols], dim=-1)
+    else:
+        coords = carrier.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, 2))
+    return coords.masked_fill((kept < 0)[..., None], -1)
+
+
 class NoteGrid:
-    """Forward hook of a module that makes a grid."""
+    """Forward hook, with keyword arguments, of a module that makes a grid."""
 
     def __init__(self, binding: GridBinding, key: str, source: Source):
         self.binding = binding
         self.key = key
         self.source = source
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         """Note the grid."""
+        coords = self.source.coords(kwargs) if self.source.coords else None
+        if coords is not None:
+            self.binding.note(self.key, coords)
+            return
         rows, cols = self.source.size(module, args, out)
         tokens = out[0] if isinstance(out, (tuple, list)) else out
         self.binding.note(self.key, tokens.new_empty((0, rows, cols)))
@@ -138,15 +169,21 @@ class BoundBlock:
         setattr(self._block, name, value)
 
 
-class _Capture(nn.Module):
-    """A container of blocks that binds the grid to the blocks it hands out.
+class Captured(nn.Module):
+    """A module of the model that takes part in the binding, by a class derived from its own.
 
-    A container becomes one by ``capture`` and is turned back by ``release``; its keys, indices and
-    slices stay as they were.
+    It becomes one by ``become`` and is turned back by ``release``.
     """
 
     _plain: type[nn.Module]
     _binding: GridBinding
+
+
+class _Capture(Captured):
+    """A container of blocks that binds the grid to the blocks it hands out.
+
+    Its keys, indices and slices stay as they were.
+    """
 
     def _bound(self) -> list[Any]:
         return self._binding.bind(list(self._modules.values()))  # pyright: ignore
@@ -206,12 +243,17 @@ def can_capture(module: nn.Module) -> bool:
 
 def capture(container: nn.Module, binding: GridBinding) -> None:
     """Let a container bind the grid to the blocks it hands out."""
-    container.__class__ = _CAPTURES[type(container)]
-    vars(container)["_binding"] = binding
+    become(_CAPTURES[type(container)], container, binding)
 
 
-def release(container: nn.Module) -> None:
-    """Turn a captured container into what it was; leave any other module alone."""
-    if isinstance(container, _Capture):
-        del container._binding
-        container.__class__ = container._plain  # pyright: ignore[reportAttributeAccessIssue]
+def become(cls: type[Captured], module: nn.Module, binding: GridBinding) -> None:
+    """Give a module a class of ours."""
+    module.__class__ = cls
+    vars(module)["_binding"] = binding
+
+
+def release(module: nn.Module) -> None:
+    """Turn a captured module into what it was; leave any other alone."""
+    if isinstance(module, Captured):
+        del module._binding
+        module.__class__ = module._plain  # pyright: ignore[reportAttributeAccessIssue]

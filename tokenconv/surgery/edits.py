@@ -12,6 +12,7 @@ from tokenconv.blocks.registry import block_info
 from tokenconv.errors import SurgeryError
 from tokenconv.layers import DWConv
 from tokenconv.surgery.binding import GridBinding, NoteGrid, can_capture, capture, release
+from tokenconv.surgery.dropping import watch_dropout
 from tokenconv.surgery.fragments import (
     AroundAct,
     MergedConv,
@@ -102,6 +103,8 @@ class Insertion:
     """The plan that was carried out."""
     folded: bool = False
     """Whether ``fold_`` has folded what was inserted."""
+    one_grid: GridBinding | None = None
+    """What carries the grid, where all blocks have the same one."""
     domains: Any = None
     """The values of each domain, where the model has domains."""
     attached: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -221,7 +224,11 @@ def _bind(
     for key in sorted({place.source or "" for place in carried}):
         source = family.sources[key]
         hook = NoteGrid(binding, key, source)
-        insertion.handles.append(root.get_submodule(source.module).register_forward_hook(hook))
+        module = root.get_submodule(source.module)
+        insertion.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    if family.stage is None:
+        insertion.one_grid = binding
+        insertion.handles += watch_dropout(root, binding)
     insertion.handles += [
         root.register_forward_pre_hook(binding.clear),
         root.register_forward_hook(binding.clear),

@@ -47,6 +47,14 @@ def of_attribute(source: Any, args: tuple[Any, ...], out: Any) -> Size:
     return source.grid_size
 
 
+def of_packed(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Where the patches of NaFlexViT's packed images lie; None for plain images."""
+    coords, valid = kwargs.get("patch_coord"), kwargs.get("patch_valid")
+    if coords is None or valid is None:
+        return coords
+    return coords.masked_fill(~valid.bool()[..., None], -1)
+
+
 def of_strides(source: Any, args: tuple[Any, ...], out: Any) -> Size:
     """The embedding is one convolution, or several: CrossViT's."""
     rows, cols = args[0].shape[-2:]
@@ -63,6 +71,8 @@ class Source:
 
     module: str
     size: Callable[[Any, tuple[Any, ...], Any], Size]
+    coords: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    """Where its tokens lie, if it is told by keyword arguments: see ``grid.SparseGrid``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +142,7 @@ FAMILIES = (
     Family(
         name="naflexvit",
         model_class="NaFlexVit",
-        sources={"": Source(module="embeds", size=of_returned)},
+        sources={"": Source(module="embeds", size=of_returned, coords=of_packed)},
     ),
     Family(
         name="mlp_mixer",

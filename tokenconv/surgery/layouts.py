@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.errors import GridError
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import SparseGrid, TokenGrid
 from tokenconv.surgery.binding import GridBinding
 
 
@@ -58,8 +58,10 @@ def halved(side: int, times: int, rounds_up: bool) -> int:
 
 def _grid(
     carrier: Tensor, x: Tensor, halvings: int, rounds_up: bool, num_prefix_tokens: int
-) -> TokenGrid:
+) -> TokenGrid | SparseGrid:
     """One fx node: the check in it cannot be traced symbolically."""
+    if not carrier.is_floating_point():
+        return SparseGrid(carrier, num_prefix_tokens)
     num_tokens, rows, cols = x.shape[1], carrier.shape[1], carrier.shape[2]
     if torch.jit.is_tracing():  # sizes are tensors then
         num_tokens, rows, cols = int(num_tokens), int(rows), int(cols)
@@ -67,7 +69,8 @@ def _grid(
     if num_tokens != num_prefix_tokens + rows * cols:
         raise GridError(
             f"expected {num_prefix_tokens} prefix tokens and {rows}*{cols} on the grid, got "
-            f"{num_tokens} (shape {tuple(x.shape)}). Dropped or masked tokens hide the grid"
+            f"{num_tokens} (shape {tuple(x.shape)}). Where tokens are dropped or masked by code of "
+            f"your own, call tokenconv.keep_tokens there"
         )
     return TokenGrid((rows, cols), num_prefix_tokens)
 

@@ -1,11 +1,12 @@
-"""Insert blocks into a live model and take them out again."""
+"""Insert blocks into a live model, use them where tokens are missing, and take them out again."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tokenconv.errors import SurgeryError
-from tokenconv.surgery.edits import carry_out, take_back
+from tokenconv.errors import GridError, SurgeryError
+from tokenconv.surgery.edits import carry_out, insertion_of, take_back
 from tokenconv.surgery.plans import Plan, check_fits, check_untouched, plan
 
 
@@ -46,6 +47,40 @@ def insert_(
         )
     carry_out(model, block.edits, block)
     return model
+
+
+def keep_tokens(model: nn.Module, kept: Tensor) -> None:
+    """Tell a hybrid which tokens are left, in code that drops or masks them by itself.
+
+    To be called in every forward pass, between the patch embedding and the blocks::
+
+        x = model.patch_embed(images)
+        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+        tokenconv.keep_tokens(model, kept)
+        x = model.blocks(x)
+
+    timm's own patch dropout and NaFlexViT's packed images need no call.
+
+    Args:
+        model: A model that ``insert_`` has changed, whose tokens keep one grid.
+        kept: For every token behind the prefix, its index on the grid, row by row: integers
+            ``(B, L)``, negative where a slot holds no token. Or booleans ``(B, H*W)``, false where
+            a token is masked: it stays in the sequence, unchanged, and counts as zero to others.
+
+    Raises:
+        SurgeryError: If nothing is inserted, the patch embedding has not run, or the model has
+            grids of several sizes.
+        GridError: If ``kept`` has another shape or type.
+    """
+    if (binding := insertion_of(model).one_grid) is None:
+        raise SurgeryError(f"the tokens of this {type(model).__name__} do not keep one grid")
+    if kept.ndim != 2 or kept.is_floating_point():
+        raise GridError(
+            f"expected integers (B, L) or booleans (B, H*W), got {kept.dtype} {tuple(kept.shape)}"
+        )
+    if kept.dtype == torch.bool:
+        kept = torch.arange(kept.shape[1], device=kept.device).where(kept, -1)
+    binding.narrow("", kept)
 
 
 def remove_(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from tokenconv.grid import TokenGrid
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
 from tokenconv.surgery.binding import GridBinding, NoteGrid, release
+from tokenconv.surgery.dropping import NoteKept
 from tokenconv.surgery.edits import Insertion, inserted_modules, insertion_of
 from tokenconv.surgery.fragments import AroundAct, Hook
 from tokenconv.surgery.sites import locate
@@ -236,7 +237,9 @@ def _take_hooks_out(model: nn.Module) -> None:
         release(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), (GridBinding, NoteGrid, Hook)):
+                if isinstance(
+                    getattr(hook, "__self__", hook), (GridBinding, NoteGrid, NoteKept, Hook)
+                ):
                     del hooks[key]
 
 
