@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.layers import GatedMlp
 from timm.models.gcvit import GlobalContextVit
+from timm.models.hiera import Hiera
 from timm.models.levit import Levit
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg
 from timm.models.metaformer import (
@@ -237,6 +238,15 @@ FAMILIES = {
     "gcvit": Case(
         GlobalContextVit,
         {**STAGES, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "img_size": (64, 128)},
+        (64, 128),
+        0,
+    ),
+    "hiera": Case(
+        Hiera, {"stages": (1, 2, 2, 1), "embed_dim": 16, "img_size": (64, 96)}, (64, 96), 0
+    ),
+    "hiera, two pools": Case(
+        Hiera,
+        {"stages": (1, 2, 2, 1), "embed_dim": 16, "img_size": (64, 128), "q_pool": 2},
         (64, 128),
         0,
     ),

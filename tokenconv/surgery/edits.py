@@ -21,7 +21,7 @@ from tokenconv.surgery.fragments import (
     Replacement,
     attach,
 )
-from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout
+from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout, MaskUnits
 from tokenconv.surgery.sites import Place, has_values, locate
 
 NONE = "none"
@@ -144,7 +144,7 @@ def carry_out(model: nn.Module, edits: Sequence[Edit], plan: Any = None) -> None
     vars(model)["_tokenconv"] = insertion
     try:
         for edit, block in zip(edits, blocks, strict=True):
-            _place(model, edit, block, _layout(edit.place, binding), insertion)
+            _place(model, edit, block, _layout(model, edit.place, binding), insertion)
         _bind(model, [edit.place for edit in edits], binding, insertion)
         insertion.handles.append(model.register_load_state_dict_pre_hook(_accept_plain_checkpoint))
     except BaseException:
@@ -169,7 +169,9 @@ def take_back(model: nn.Module) -> None:
     vars(model).pop("_tokenconv", None)
 
 
-def _layout(place: Place, binding: GridBinding) -> Layout:
+def _layout(model: nn.Module, place: Place, binding: GridBinding) -> Layout:
+    if place.rolled is not None:
+        return MaskUnits(model.get_submodule(locate(model)[0]).reroll, place.rolled)
     if place.source is None:
         return ChannelsLastMap()
     return CarriedGrid(

@@ -93,6 +93,8 @@ class Family:
     """What happens to an odd side when it is halved."""
     skipped: str | None = None
     """Regular expression over names of modules that look like blocks and are none."""
+    rerolls: bool = False
+    """Whether tokens lie in another order than in the image, which ``reroll`` undoes: Hiera's."""
     in_chans: int | None = None
     """Channels of an image, where the first convolution does not tell."""
     refusal: str | None = None
@@ -201,11 +203,7 @@ FAMILIES = (
     Family(name="maxxvit", model_class="MaxxVit"),
     Family(name="convnext", model_class="ConvNeXt"),
     Family(name="edgenext", model_class="EdgeNeXt"),
-    Family(
-        name="hiera",
-        model_class="Hiera",
-        refusal="its tokens are in the order of mask units, not row by row",
-    ),
+    Family(name="hiera", model_class="Hiera", rerolls=True),
     Family(
         name="nest",
         model_class="Nest",

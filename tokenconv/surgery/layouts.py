@@ -4,9 +4,10 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, H rows, W column
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from timm.models.hiera import Unroll
 from torch import Tensor, nn
 
 from tokenconv.errors import GridError
@@ -47,6 +48,27 @@ class ChannelsLastMap:
         """See ``Layout``."""
         rows, cols = x.shape[1], x.shape[2]
         return block(x.flatten(1, 2), rows, cols).unflatten(1, (rows, cols))
+
+
+class MaskUnits:
+    """Tokens ``(B, N, C)`` in the order of a Hiera block, for images of one size."""
+
+    def __init__(self, reroll: Any, index: int):
+        self.reroll = reroll
+        self.index = index
+        schedule, self.size = reroll.schedule[index]
+        self.unroll = Unroll(self.size, (1, 1), schedule)
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """See ``Layout``."""
+        rows, cols = self.size
+        if x.shape[1] != rows * cols:
+            raise GridError(
+                f"expected {rows}*{cols} tokens, got {x.shape[1]}: images of another size, or "
+                f"masked, where a convolution cannot run in Hiera"
+            )
+        x = self.reroll(x, self.index).flatten(1, 2)
+        return self.unroll(block(x, rows, cols))
 
 
 def halved(side: int, times: int, rounds_up: bool) -> int:

@@ -145,7 +145,7 @@ def freeze_grid_(model: nn.Module, size: tuple[int, int]) -> nn.Module:
     if any(type(module) in _FIXED.values() for module in model.modules()):
         raise SurgeryError("the size is frozen already; call remove_ and insert_ anew")
     beside = _hooks_beside(model)
-    _check_blocks(model)
+    _check_blocks(model, insertion)
     grids, sizes = _rehearse(model, insertion, size)
     _take_hooks_out(model)
     for name, block in inserted_modules(model).items():
@@ -187,7 +187,12 @@ def _hooked(host: nn.Module) -> bool:
     return any(isinstance(hook, Hook) for hook in hooks)
 
 
-def _check_blocks(model: nn.Module) -> None:
+def _check_blocks(model: nn.Module, insertion: Insertion) -> None:
+    for edit in insertion.plan.edits:
+        if edit.place.rolled is not None:
+            raise SurgeryError(
+                f"{edit.place.host} cannot be scripted: its tokens are in the order of mask units"
+            )
     for name, block in inserted_modules(model).items():
         if type(block) not in _FIXED:
             raise SurgeryError(f"{name} cannot be scripted: no {type(block).__name__} can be yet")

@@ -46,10 +46,13 @@ class Place:
     dim: int
     """Width of the tokens."""
     source: str | None = None
-    """Key of the source of their grid; None where they are a map ``(B, H, W, C)``."""
+    """Key of the source of their grid; None where they are a map ``(B, H, W, C)``, or lie in the
+    order of a Hiera block."""
     halvings: int = 0
     rounds_up: bool = True
     num_prefix_tokens: int = 0
+    rolled: int | None = None
+    """Index of the Hiera block in whose order the tokens lie."""
 
 
 @dataclass
@@ -311,9 +314,9 @@ class _Look:
             record.returns_more or not isinstance(gave, Tensor) or gave.shape != x.shape
         ):
             raise SurgeryError(f"{name} does not return tokens of the shape that it is given")
-        return self._lay(block, kind, name, x, prefix)
+        return self._lay(block, kind, name, site, x, prefix)
 
-    def _lay(self, block: str, kind: str, name: str, x: Tensor, prefix: str) -> Place:
+    def _lay(self, block: str, kind: str, name: str, site: str, x: Tensor, prefix: str) -> Place:
         shape = tuple(x.shape)
         text = f"({', '.join(['B', *(str(s) for s in shape[1:])])})"
         if len(shape) in (3, 4) and shape[0] != _BATCH:
@@ -326,6 +329,8 @@ class _Look:
             return Place(host=prefix + name, dim=shape[3])
         if len(shape) != 3:
             raise SurgeryError(f"{name} sees {len(shape)} axes, here {text}; expected (B, N, C)")
+        if self.family.rerolls:
+            return self._rolled(block, kind, name, site, shape, prefix)
         source, halvings = self._stage(block)
         rows, cols = (halved(s, halvings, self.family.rounds_up) for s in self.sizes[source])
         num_prefix_tokens = shape[1] - rows * cols
@@ -342,6 +347,18 @@ class _Look:
             rounds_up=self.family.rounds_up,
             num_prefix_tokens=num_prefix_tokens,
         )
+
+    def _rolled(
+        self, block: str, kind: str, name: str, site: str, shape: tuple[int, ...], prefix: str
+    ) -> Place:
+        """Tokens in the order of a block, or, in front of it, of the block before."""
+        index = int(block.rpartition(".")[2])
+        if kind == "attn" or site == "before_block":
+            index = max(0, index - 1)
+        rows, cols = self.model.reroll.schedule[index][1]  # pyright: ignore
+        if shape[1] != rows * cols:
+            raise SurgeryError(f"{name} sees {shape[1]} tokens, which are not {rows}*{cols}")
+        return Place(host=prefix + name, dim=shape[2], rolled=index)
 
     def _channels_last(self, block: str, kind: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a map is ``(B, H, W, C)``, as one that goes through linear layers."""
