@@ -67,6 +67,14 @@ def test_a_plan_survives_json_and_a_checkpoint(case, disturb_, tmp_path):
         assert torch.equal(loaded, model(case.images()))
 
 
+@pytest.mark.parametrize("site", ["before_block", "before_attn", "after_block"])
+def test_every_block_has_its_order_also_where_it_pools(case, site):
+    model = case.build()
+    plan = tc.plan(model, "peg", site=site, input_size=(3, *case.size))
+    assert len(plan.edits) == len(model.blocks)
+    assert not plan.skipped
+
+
 def test_what_hiera_cannot_have_is_refused(case):
     model = tc.insert_(case.build(), "mix_ffn", input_size=(3, *case.size))
     mask = torch.zeros(2, model.mask_spatial_shape[0] * model.mask_spatial_shape[1])
