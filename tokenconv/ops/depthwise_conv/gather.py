@@ -1,5 +1,7 @@
 """One gather per kernel tap, for tokens that do not fill their grid, with static shapes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,22 +20,59 @@ def depthwise_conv_gather(
     dilation: int,
     residual: bool,
 ) -> Tensor:
-    """See ``api.depthwise_conv``; takes K*K times the memory of a convolution in training."""
-    num_prefix_tokens, dim = grid.num_prefix_tokens, x.shape[-1]
+    """See ``api.depthwise_conv``."""
+    num_prefix_tokens = grid.num_prefix_tokens
     tokens = x[:, num_prefix_tokens:]
     numbers = _numbers(grid.coords)
-    neighbours = _neighbours(numbers, weight.shape[-1], dilation)
-    padded = F.pad(tokens, (0, 0, 0, 1))  # the last row is zero, for positions without a token
-    taps = weight.flatten(1).unbind(1)
-    out = torch.zeros_like(tokens) if bias is None else bias.expand_as(tokens)
-    for tap, kernel in enumerate(taps):
-        rows = neighbours[:, :, tap, None].expand(-1, -1, dim)
-        out = out + padded.gather(1, rows) * kernel
+    empty = numbers == _NOWHERE
+    index = _neighbours(numbers, weight.shape[-1], dilation)
+    index = index.masked_fill(empty[..., None], tokens.shape[0] * tokens.shape[1])
+    precision = torch.promote_types(x.dtype, torch.float32)
+    out = _SumOfTaps.apply(tokens, weight.flatten(1).T.to(precision), index)
+    if bias is not None:
+        out = out + bias
     if residual:
         out = out + tokens
-    # Autocast leaves all this in the dtype of the kernel; where the slot is empty, nothing changes
-    out = torch.where((numbers == _NOWHERE)[..., None], tokens, out.to(x.dtype))
+    out = torch.where(empty[..., None], tokens, out.to(x.dtype))
     return torch.cat([x[:, :num_prefix_tokens], out], dim=1) if num_prefix_tokens else out
+
+
+class _SumOfTaps(torch.autograd.Function):
+    """``out[p] = sum_k weight[k] * x[index[p, k]]``, in the dtype of ``weight``.
+
+    A token is under tap k of another exactly when that one is under the opposite tap of the first.
+    So the gradient is a gather as well, and only ``x`` is kept for it.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:  # pyright: ignore
+        table = _rows(x)
+        out = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
+        for i, kernel in zip(index.unbind(-1), weight.unbind(0), strict=True):
+            out = out.addcmul_(F.embedding(i, table).to(weight.dtype), kernel)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, weight, index = ctx.saved_tensors
+        of_x, of_weight = None, None
+        if ctx.needs_input_grad[0]:
+            of_x = _SumOfTaps.apply(grad, weight.flip(0), index).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            table = _rows(x)
+            of_weight = torch.stack(
+                [(F.embedding(i, table) * grad).sum((0, 1)) for i in index.unbind(-1)]
+            )
+        return of_x, of_weight, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(B*L + 1, C)``; the last row is zero, for positions without a token."""
+    return F.pad(x.flatten(0, 1), (0, 0, 0, 1))
 
 
 def _numbers(coords: Tensor) -> Tensor:
@@ -45,11 +84,14 @@ def _numbers(coords: Tensor) -> Tensor:
 
 
 def _neighbours(numbers: Tensor, side: int, dilation: int) -> Tensor:
-    """Index of the token under every tap of a kernel ``(B, L, K*K)``; L where there is none."""
+    """Row of the token under every tap of a kernel ``(B, L, K*K)``; ``B*L`` where there is none."""
+    images, slots = numbers.shape
     reach = torch.arange(side, device=numbers.device) * dilation - dilation * (side // 2)
     offsets = (reach[:, None] * _SIDE + reach).flatten()
     wanted = (numbers[..., None] + offsets).flatten(1)
     present, order = numbers.sort(dim=1)
-    found = torch.searchsorted(present, wanted).clamp(max=numbers.shape[1] - 1)
-    index = order.gather(1, found).masked_fill(present.gather(1, found) != wanted, numbers.shape[1])
-    return index.unflatten(1, (numbers.shape[1], -1))
+    found = torch.searchsorted(present, wanted).clamp(max=slots - 1)
+    first = slots * torch.arange(images, device=numbers.device)[:, None]
+    rows = first + order.gather(1, found)
+    rows = rows.masked_fill(present.gather(1, found) != wanted, images * slots)
+    return rows.unflatten(1, (slots, -1))
