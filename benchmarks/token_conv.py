@@ -3,8 +3,9 @@
 Shape letters: B batch, N tokens = P prefix + H*W grid, C channels.
 
 Three arms share inputs and weights: ``naive`` copies the tokens to NCHW and back, ``timm`` makes
-the calls that timm makes in PVTv2, ``ours`` is ``tokenconv.DWConv``. Outputs and gradients are
-compared before anything is timed.
+the calls that timm makes in PVTv2, ``ours`` is ``tokenconv.DWConv``. Where only some tokens are
+left, other ones in every image, the first two put them on a map of zeros and pick them from the
+result, and ours gathers. Outputs and gradients are compared before anything is timed.
 """
 
 import argparse
@@ -31,29 +32,47 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
 @dataclass(frozen=True)
 class Case:
-    """One shape, written ``BxHxWxC``, or ``BxHxWxC+P`` with prefix tokens."""
+    """One shape, written ``BxHxWxC``, with ``+P`` prefix tokens, or with ``/L`` tokens left."""
 
     batch_size: int
     rows: int
     cols: int
     dim: int
     num_prefix_tokens: int = 0
+    left: int | None = None
+    """Tokens that are left of every image; None for all."""
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """Read ``8x14x14x1536`` or ``8x14x14x1536+1``."""
-        shape, _, prefix = text.partition("+")
+        """Read ``8x14x14x1536``, ``8x14x14x1536+1``, ``8x14x14x1536/98`` or ``...+1/98``."""
+        shape, _, left = text.partition("/")
+        shape, _, prefix = shape.partition("+")
         batch_size, rows, cols, dim = (int(number) for number in shape.split("x"))
-        return cls(batch_size, rows, cols, dim, int(prefix or 0))
+        return cls(batch_size, rows, cols, dim, int(prefix or 0), int(left) if left else None)
 
     def __str__(self) -> str:
         prefix = f"+{self.num_prefix_tokens}" if self.num_prefix_tokens else ""
-        return f"{self.batch_size}x{self.rows}x{self.cols}x{self.dim}{prefix}"
+        left = "" if self.left is None else f"/{self.left}"
+        return f"{self.batch_size}x{self.rows}x{self.cols}x{self.dim}{prefix}{left}"
+
+    def kept(self, device: torch.device) -> Tensor:
+        """Indices ``(B, L)`` of the tokens that are left, always the same ones."""
+        drawn = torch.Generator().manual_seed(1)
+        order = torch.rand(self.batch_size, self.rows * self.cols, generator=drawn).argsort(1)
+        return order[:, : self.left].to(device)
 
 
 CASES = tuple(
     Case.parse(text)
-    for text in ("8x14x14x1536", "4x56x56x256", "1x14x14x3072", "32x14x14x768", "8x14x14x1536+1")
+    for text in (
+        "8x14x14x1536",
+        "4x56x56x256",
+        "1x14x14x3072",
+        "32x14x14x768",
+        "8x14x14x1536+1",
+        "8x14x14x1536/98",
+        "2x37x28x1536/518",
+    )
 )
 
 
@@ -64,7 +83,7 @@ def naive(case: Case, conv: nn.Conv2d) -> Arm:
         fmap = x.transpose(1, 2).reshape(len(x), case.dim, case.rows, case.cols).contiguous()
         return conv(fmap).contiguous().flatten(2).transpose(1, 2).contiguous()
 
-    return _around_prefix(case, run)
+    return _around_prefix(case, _on_zeros(case, conv, run))
 
 
 def timm(case: Case, conv: nn.Conv2d) -> Arm:
@@ -76,7 +95,7 @@ def timm(case: Case, conv: nn.Conv2d) -> Arm:
         x = conv(x)
         return x.flatten(2).transpose(1, 2)
 
-    return _around_prefix(case, run)
+    return _around_prefix(case, _on_zeros(case, conv, run))
 
 
 def ours(case: Case, conv: nn.Conv2d) -> Arm:
@@ -84,6 +103,11 @@ def ours(case: Case, conv: nn.Conv2d) -> Arm:
     layer = tc.DWConv(case.dim, dtype=conv.weight.dtype, device=conv.weight.device)
     for name, parameter in conv.named_parameters():
         setattr(layer, name, parameter)
+    if case.left is not None:
+        kept = case.kept(conv.weight.device)
+        coords = torch.stack([kept // case.cols, kept % case.cols], dim=-1)
+        sparse = tc.SparseGrid(coords, case.num_prefix_tokens)
+        return lambda x: layer(x, sparse)
     if not case.num_prefix_tokens:
         return lambda x: layer(x, case.rows, case.cols)
     grid = tc.TokenGrid((case.rows, case.cols), case.num_prefix_tokens)
@@ -96,13 +120,27 @@ def _around_prefix(case: Case, run: Arm) -> Arm:
     return (lambda x: torch.cat([x[:, :P], run(x[:, P:])], dim=1)) if P else run
 
 
+def _on_zeros(case: Case, conv: nn.Conv2d, run: Arm) -> Arm:
+    """What code for full grids does to be used where tokens are missing."""
+    if case.left is None:
+        return run
+    index = case.kept(conv.weight.device)[..., None].expand(-1, -1, case.dim)
+
+    def around(x: Tensor) -> Tensor:
+        whole = x.new_zeros(len(x), case.rows * case.cols, case.dim).scatter(1, index, x)
+        return run(whole).gather(1, index)
+
+    return around
+
+
 ARMS: dict[str, Callable[[Case, nn.Conv2d], Arm]] = {"naive": naive, "timm": timm, "ours": ours}
 
 
 def calls_of(case: Case, device: str, dtype: torch.dtype) -> dict[str, dict[str, Call]]:
     """The work of every arm by mode and name, all on the same tensors."""
     drawn = torch.Generator().manual_seed(0)
-    shape = (case.batch_size, case.num_prefix_tokens + case.rows * case.cols, case.dim)
+    left = case.rows * case.cols if case.left is None else case.left
+    shape = (case.batch_size, case.num_prefix_tokens + left, case.dim)
     x, grad_out = (torch.randn(shape, generator=drawn).to(device, dtype) for _ in range(2))
     conv = nn.Conv2d(case.dim, case.dim, 3, padding=1, groups=case.dim).to(device, dtype)
     leaves = [x.requires_grad_(), *conv.parameters()]
@@ -164,7 +202,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> list[dict[str, A
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians, with interquartile ranges in brackets."""
-    header = ["BxHxWxC+P", "mode", *(f"{name} ms" for name in ARMS), "naive/ours", "timm/ours"]
+    header = ["BxHxWxC+P/L", "mode", *(f"{name} ms" for name in ARMS), "naive/ours", "timm/ours"]
     return format_table([header, *(_cells(row) for row in rows)])
 
 
@@ -182,7 +220,9 @@ def main(words: Sequence[str] | None = None) -> int:
     summary, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(description=summary)
     add_options(parser)
-    parser.add_argument("--shapes", type=Case.parse, nargs="+", default=CASES, help="BxHxWxC[+P]")
+    parser.add_argument(
+        "--shapes", type=Case.parse, nargs="+", default=CASES, help="BxHxWxC[+P][/L]"
+    )
     args = parser.parse_args(words)
     facts = set_up(args)
     torch.manual_seed(0)
