@@ -54,7 +54,7 @@ def keep_tokens(model: nn.Module, kept: Tensor) -> None:
 
     To be called in every forward pass, between the patch embedding and the blocks::
 
-        x = model.patch_embed(images)
+        x = model.patch_embed(images) + model.pos_embed
         x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
         tokenconv.keep_tokens(model, kept)
         x = model.blocks(x)
