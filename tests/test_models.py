@@ -35,15 +35,6 @@ each_hybrid = pytest.mark.parametrize(("base", "name", "kwargs", "size"), HYBRID
 VIT_MIX = "vit_tiny_patch16_224_mix_ffn"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sharing tensors this small among threads costs tenfold where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def create(name, seed=0, **kwargs):
     torch.manual_seed(seed)
     return timm.create_model(name, **kwargs).eval()

@@ -30,15 +30,6 @@ from tokenconv.errors import MeasurementError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def _allocator_as_it_is() -> Iterator[None]:
     """The command changes the allocator of the whole process for good: not of this one."""
     with pytest.MonkeyPatch.context() as patch:

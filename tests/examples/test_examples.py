@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tokenconv import profiling
 
@@ -23,10 +22,7 @@ def run(monkeypatch, capsys):
         runpy.run_path(path, run_name="__main__")
         return capsys.readouterr().out
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are too small for more
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.mark.parametrize("model", ["test_vit", "pvt_v2_b0"])

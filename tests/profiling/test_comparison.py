@@ -15,15 +15,6 @@ from tokenconv.profiling.traces import Category, Profiled
 MIB = 2**20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(width: int = 8, *, offset: float = 0.0) -> nn.Module:
     """A small network; its outputs are zero, but for the first, which is ``offset``."""
     torch.manual_seed(0)

@@ -26,15 +26,6 @@ MIB = 2**20
 TRANSFORMER = (Category.ATTENTION, Category.MLP_MATMUL, Category.NORM, Category.ACTIVATION)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two threads on a busy machine wait for each other, and shares of the time with them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,7 @@
 """Small models of every kind that surgery knows, with weights that hide nothing."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,15 +319,6 @@ def disturb_() -> Callable[..., nn.Module]:
         return model
 
     return disturb
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For models so small that several threads make them slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

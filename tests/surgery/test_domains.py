@@ -43,9 +43,6 @@ def train(model, steps=3, images=VIT_IMAGES):
     return optimizer
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def hybrid(vit):
     return tc.insert_(vit, "mix_ffn")
