@@ -11,6 +11,7 @@ recognise as channels-last, and the convolution behind it then copies.
 import operator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,6 +21,7 @@ from tokenconv.errors import GridError
 
 _AXES = {2: ("h", "w"), 3: ("t", "h", "w")}
 _COUNTS = (int, torch.SymInt)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FOLD = {2: "b (h w) c -> b c h w", 3: "b (t h w) c -> b c t h w"}
 _UNFOLD = {4: "b c h w -> b (h w) c", 5: "b c t h w -> b (t h w) c"}
 
@@ -126,8 +128,9 @@ class SparseGrid:
 
     Args:
         coords: Row and column of every token behind the prefix, in any order: integers
-            ``(B, L, 2)``, or ``(B, L, 3)`` with the frame first; not above ``2**19``. Negative
-            where a slot holds no token: such a slot is passed over, and passes unchanged.
+            ``(B, L, 2)``, or ``(B, L, 3)`` with the frame first; not above ``2**19``, and no
+            position twice in an image, which is not checked. Negative where a slot holds no
+            token: such a slot is passed over, and passes unchanged.
         num_prefix_tokens: Tokens in front of the others (class, distillation, registers).
 
     Raises:
@@ -139,11 +142,10 @@ class SparseGrid:
 
     def __post_init__(self) -> None:
         coords = self.coords
-        if coords.ndim != 3 or coords.shape[2] not in _AXES or coords.is_floating_point():
-            raise GridError(
-                f"expected integer coords (B, L, 2) or (B, L, 3), got {coords.dtype} "
-                f"{tuple(coords.shape)}"
-            )
+        if not isinstance(coords, Tensor) or coords.dtype not in _INTEGERS or coords.ndim != 3:
+            raise GridError(f"expected integer coords (B, L, 2) or (B, L, 3), got {_about(coords)}")
+        if int(coords.shape[2]) not in _AXES:  # a tensor under torch.jit.trace
+            raise GridError(f"expected coords (B, L, 2) or (B, L, 3), got {_about(coords)}")
         _check_prefix(self.num_prefix_tokens)
 
     @property
@@ -182,6 +184,10 @@ def grid_of(*grid: Grid) -> TokenGrid | SparseGrid:
     if len(grid) == 1 and isinstance(grid[0], SparseGrid):
         return grid[0]
     return TokenGrid.of(*grid)
+
+
+def _about(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _check_prefix(num_prefix_tokens: int) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import tokenconv as tc
 
@@ -106,6 +106,17 @@ def test_frames_of_a_video_do_not_mix():
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
 
 
+def test_nothing_but_prefix_tokens():
+    grid = tc.SparseGrid(torch.zeros(2, 0, 2, dtype=torch.int64), 1)
+    x = torch.randn(2, 1, 4)
+    assert torch.equal(tc.DWConv(4)(x, grid), x)
+
+
+def test_second_derivatives():
+    grid, inputs = make([(2, 3), (3, 2)], 4, 1, 3, dim=2, empty=1)
+    assert gradgradcheck(lambda *args: tc.depthwise_conv(*args, grid, residual=True), inputs)
+
+
 def test_gradcheck():
     grid, (x, weight, bias) = make([(2, 3), (3, 2)], 4, 1, 3, dim=2, empty=1)
     assert gradcheck(lambda *args: tc.depthwise_conv(*args, grid, residual=True), (x, weight, bias))
@@ -165,6 +176,9 @@ def test_shapes_do_not_depend_on_data(how):
     [
         (lambda x, w, g: tc.SparseGrid(g.coords.float()), tc.GridError, "integer coords"),
         (lambda x, w, g: tc.SparseGrid(g.coords[0]), tc.GridError, r"\(B, L, 2\).*\(9, 2\)"),
+        (lambda x, w, g: tc.SparseGrid([[[0, 0]]]), tc.GridError, r"got \[\[\[0, 0\]\]\]"),
+        (lambda x, w, g: tc.SparseGrid(g.coords > 0), tc.GridError, "got torch.bool"),
+        (lambda x, w, g: tc.SparseGrid(g.coords[..., :1]), tc.GridError, r"\(2, 9, 1\)"),
         (lambda x, w, g: tc.SparseGrid(g.coords, -1), tc.GridError, "num_prefix_tokens >= 0"),
         (lambda x, w, g: tc.depthwise_conv(x[:1], w, None, g), tc.GridError,
          r"2 images of 10 tokens \(1 prefix \+ 9\), got .*\(1, 10, 4\)"),

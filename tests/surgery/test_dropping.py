@@ -192,15 +192,29 @@ def test_removal_and_copies(dropping):
     assert torch.equal(outputs[0], outputs[2])
 
 
-def test_compiled_patch_dropout(dropping):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_compiled_patch_dropout(dropping, checkpointing):
+    dropping.set_grad_checkpointing(checkpointing)
     torch._dynamo.reset()
     compiled = torch.compile(dropping, fullgraph=True, backend="aot_eager")
-    outputs = []
+    gradients = []
     for model in (compiled, dropping):
+        dropping.zero_grad()
         torch.manual_seed(5)
-        outputs.append(model(images_of(*SIZE)))
+        model(images_of(*SIZE)).sin().sum().backward()
+        gradients.append([p.grad.clone() for p in dropping.parameters() if p.grad is not None])
     torch._dynamo.reset()
-    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_that_may_drop_a_prefix_token_is_refused():
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=SIZE, depth=2, patch_drop_rate=0.4
+    )
+    with pytest.raises(tc.SurgeryError, match=r"spares 1 prefix tokens and its blocks see 2"):
+        tc.insert_(model, "mix_ffn")
+    assert "_tokenconv" not in vars(model)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -335,20 +349,78 @@ def test_tokens_that_nobody_was_told_of_are_refused(vit):
 
 
 @pytest.mark.parametrize(
-    ("kept", "error", "message"),
+    ("kept", "message"),
     [
-        (torch.zeros(2, 6), tc.GridError, r"integers \(B, L\) or booleans .* got torch.float32"),
-        (torch.zeros(6, dtype=torch.int64), tc.GridError, r"got torch.int64 \(6,\)"),
-        (torch.zeros(2, 6, dtype=torch.int64), tc.SurgeryError, "the patch embedding comes first"),
+        (torch.zeros(2, 6), r"integers \(B, L\) or booleans \(B, 15\), got torch.float32"),
+        ([[0, 1]], "got list"),
+        (torch.arange(6), r"got a torch.int64 tensor of shape \(6,\)"),
+        (torch.ones(2, 20, dtype=torch.bool), r"booleans \(B, 15\), got .* \(2, 20\)"),
+        (torch.arange(10, 16)[None], "different indices below 15"),
+        (torch.tensor([[3, 4, 3]]), "different indices below 15"),
+        (torch.ones(2, 15, dtype=torch.int64), "a mask is boolean"),
     ],
 )
-def test_bad_input(vit, kept, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_input(vit, kept, message):
+    vit.patch_embed(images_of(*SIZE))
+    with pytest.raises(tc.GridError, match=message):
         tc.keep_tokens(vit, kept)
 
 
-def test_models_without_one_grid(pvt, vit):
-    with pytest.raises(tc.SurgeryError, match="do not keep one grid"):
-        tc.keep_tokens(tc.insert_(pvt, "mix_ffn"), torch.zeros(2, 6, dtype=torch.int64))
+def test_calls_at_the_wrong_time_or_for_another_model(vit, pvt):
+    kept = torch.arange(6)[None]
+    with pytest.raises(tc.SurgeryError, match="between the patch embedding and the first block"):
+        tc.keep_tokens(vit, kept)
+    with pytest.raises(tc.SurgeryError, match="not all see tokens of one grid"):
+        tc.keep_tokens(tc.insert_(pvt, "mix_ffn"), kept)
+    with pytest.raises(tc.SurgeryError, match="freeze_grid_ has fixed it"):
+        tc.keep_tokens(tc.freeze_grid_(tc.remove_(vit) and tc.insert_(vit, "mix_ffn"), SIZE), kept)
     with pytest.raises(tc.SurgeryError, match="nothing is inserted"):
-        tc.keep_tokens(tc.remove_(vit), torch.zeros(2, 6, dtype=torch.int64))
+        tc.keep_tokens(tc.remove_(vit), kept)
+
+
+def test_a_mask_is_refused_where_some_blocks_see_maps(families):
+    case = families["vision_transformer_sam"]
+    size = {"input_size": (3, *case.size)}
+    model = case.build()
+    tc.insert_(model, tc.plan(model, "mix_ffn", **size) + tc.plan(model, "peg", **size))
+    model.patch_embed(case.images())
+    with pytest.raises(tc.SurgeryError, match="not all see tokens of one grid"):
+        tc.keep_tokens(model, torch.ones(2, 15, dtype=torch.bool))
+
+
+def test_a_second_call_is_about_the_tokens_that_are_left(vit):
+    first, second = kept_by_timm(0), torch.tensor([[2, 0, 5], [1, 4, 7]])
+    kept = first.gather(1, second)
+    images = images_of(*SIZE)
+    expected = blocks_on(vit, images, kept)
+    x = vit.patch_embed(images)
+    x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    tc.keep_tokens(vit, first)
+    tc.keep_tokens(vit, second)
+    prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1).expand(2, -1, -1)
+    assert torch.equal(vit.blocks(torch.cat([prefix, x], dim=1)), expected)
+
+
+def test_arguments_of_packed_images_by_position(naflexvit):
+    batch = packed([images_of(48, 80, batch=1), images_of(64, 32, batch=1)], length=17)
+    x, _ = naflexvit.embeds(batch["patches"], batch["patch_coord"].double(), batch["patch_valid"])
+    by_hand = x
+    for block in naflexvit.blocks:
+        by_hand = block(by_hand)
+    named = {key: batch[key] for key in ("patch_coord", "patch_valid")}
+    x, _ = naflexvit.embeds(batch["patches"], **named)
+    for block in naflexvit.blocks:
+        x = block(x)
+    assert torch.equal(x, by_hand)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+def test_traced_patch_dropout(dropping):
+    images = images_of(*SIZE).float()
+    model = dropping.float()
+    torch.manual_seed(5)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    torch.manual_seed(5)
+    ours = traced(images)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours, model(images), rtol=1e-4, atol=1e-5)

@@ -165,3 +165,44 @@ def test_a_graph_compiled_before_sees_the_insertion(families):
         assert not torch.equal(compiled(images), before)
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["vision_transformer", "hiera", "pvt_v2", "swin_transformer"])
+def test_a_compiled_slice_of_the_blocks(families, name):
+    model = tc.insert_(families[name].build(), "mix_ffn", input_size=(3, *families[name].size))
+    images = families[name].images()
+
+    def first(x):
+        return model.forward_intermediates(
+            x, indices=[0], stop_early=True, intermediates_only=True
+        )[0]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(first, fullgraph=True, backend="aot_eager")(images)
+        torch.testing.assert_close(compiled, first(images), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_modes_inside_a_replaced_attention_come_back(vit):
+    vit.train()
+    frozen = [block.attn.proj_drop.eval() for block in vit.blocks]
+    tc.insert_(vit, "separable_ffn", site="replace_attn", allow_change=True)
+    tc.remove_(vit)
+    assert not any(module.training for module in frozen)
+    tc.insert_(vit, "separable_ffn", site="replace_attn", allow_change=True)
+    tc.remove_(vit.eval())
+    assert not any(module.training for module in vit.modules())
+
+
+def test_a_pruned_hybrid_can_be_saved(vit, images, disturb_, tmp_path):
+    base = copy.deepcopy(vit)
+    disturb_(tc.insert_(vit, "mix_ffn"))
+    for model in (vit, base):
+        model.prune_intermediate_layers([0])
+    tc.save(vit, tmp_path)
+    loaded = tc.load_(base, tmp_path)
+    assert torch.equal(loaded.forward_features(images), vit.forward_features(images))
+    vit.blocks = nn.Sequential()
+    with pytest.raises(tc.CheckpointError, match="none of the inserted blocks"):
+        tc.save(vit, tmp_path)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.hiera import Hiera
 
 import tokenconv as tc
 from tokenconv.surgery.layouts import MaskUnits
@@ -67,6 +68,26 @@ def test_a_plan_survives_json_and_a_checkpoint(case, disturb_, tmp_path):
         assert torch.equal(loaded, model(case.images()))
 
 
+def test_the_size_is_that_of_the_model(case):
+    assert tc.plan(case.build(), "mix_ffn").input_size == (3, *case.size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_drop_rate": 0.4}, "build the model with patch_drop_rate=0"),
+        ({"img_size": (4, 64, 64), "patch_kernel": (3, 7, 7), "patch_stride": (2, 4, 4),
+          "patch_padding": (1, 3, 3), "q_stride": (1, 2, 2), "mask_unit_size": (1, 8, 8)},
+         r"inputs of size \(4, 64, 64\); expected images"),
+    ],
+    ids=["dropout", "video"],
+)  # fmt: skip
+def test_other_kinds_of_hiera_are_refused_at_once(change, message):
+    model = Hiera(**{"stages": (1, 2, 2, 1), "embed_dim": 16, "img_size": (64, 96), **change})
+    with pytest.raises(tc.SurgeryError, match=message):
+        tc.insert_(model, "mix_ffn")
+
+
 @pytest.mark.parametrize("site", ["before_block", "before_attn", "after_block"])
 def test_every_block_has_its_order_also_where_it_pools(case, site):
     model = case.build()
@@ -83,5 +104,5 @@ def test_what_hiera_cannot_have_is_refused(case):
         model.forward_features(case.images(), mask=mask.bool())
     with pytest.raises(tc.SurgeryError, match="in the order of mask units"):
         tc.freeze_grid_(model, case.size)
-    with pytest.raises(tc.SurgeryError, match="do not keep one grid"):
+    with pytest.raises(tc.SurgeryError, match="not all see tokens of one grid"):
         tc.keep_tokens(model, mask.bool())

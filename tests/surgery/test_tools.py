@@ -99,7 +99,7 @@ def test_export_with_every_kind_of_block(any_size):
             for model in (any_size, plain)
         )
         taken = [size for size in sizes if takes(theirs, images_of(size))]
-        assert len(taken) >= len(sizes) - 1
+        assert taken[:3] == sizes[:3]
         with torch.no_grad():
             for size in taken:
                 torch.testing.assert_close(

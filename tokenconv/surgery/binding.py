@@ -66,19 +66,28 @@ class GridBinding:
         else:
             self._eager.pending = {**self._eager.pending, key: carrier}
 
+    def noted(self, key: str) -> Tensor:
+        """What a source has noted, and no container has taken over.
+
+        Raises:
+            SurgeryError: If there is nothing.
+        """
+        traced = torch.compiler.is_compiling()
+        pending = self._traced.pending if traced else self._eager.pending
+        if key not in pending:
+            raise SurgeryError(
+                "no grid is known that tokens could be taken from: expected a call between the "
+                "patch embedding and the first block, in every forward pass"
+            )
+        return pending[key]
+
     def narrow(self, key: str, kept: Tensor) -> None:
         """Say which tokens are left: indices ``(B, L)`` into those there were, negative for none.
 
         Raises:
             SurgeryError: If the source has not run.
         """
-        traced = torch.compiler.is_compiling()
-        pending = self._traced.pending if traced else self._eager.pending
-        if key not in pending:
-            raise SurgeryError(
-                "no grid is known that tokens could be taken from; the patch embedding comes first"
-            )
-        self.note(key, _left(pending[key], kept))
+        self.note(key, _left(self.noted(key), kept))
 
     def clear(self, model: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
         """Forward hook and pre-hook of the model: no forward pass leaves anything behind."""
@@ -111,8 +120,8 @@ class GridBinding:
             carriers = self._traced.current
         if key not in carriers:
             raise SurgeryError(
-                "no grid is known here: a block was called by itself. Call the model, or iterate "
-                "over its container of blocks after its patch embedding"
+                "no grid is known here: a block was called by itself. Call the model, or go over "
+                "its container of blocks once, from end to end, after its patch embedding"
             )
         return carriers[key]
 
@@ -138,7 +147,7 @@ class NoteGrid:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         """Note the grid."""
-        coords = self.source.coords(kwargs) if self.source.coords else None
+        coords = self.source.coords(args, kwargs) if self.source.coords else None
         if coords is not None:
             self.binding.note(self.key, coords)
             return
@@ -199,11 +208,11 @@ class _Capture(Captured):
         blocks = list(self._modules.items())[index]
         if not isinstance(index, slice):
             return blocks[1]
-        part = self._plain()
+        part = type(self)()
+        part._binding = self._binding
         for i, (name, block) in enumerate(blocks):
             renamed = str(i) if isinstance(part, nn.ModuleList) else name  # as torch does
             part.add_module(renamed, block)  # pyright: ignore[reportArgumentType]
-        capture(part, self._binding)
         return part
 
 

@@ -7,6 +7,7 @@ compared within what a cast to bfloat16 or float16 changes.
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ def describe(
     refuse_meta({**own, **tensors})
     return Manifest(
         architecture=_architecture(model),
-        plan=json.loads(insertion.plan.to_json()),
+        plan=json.loads(_standing(model, insertion.plan).to_json()),
         tensors={key: form_of(value) for key, value in tensors.items()},
         base={
             key: _note(value)
@@ -118,6 +119,15 @@ def describe(
         },
         domain=domain,
     )
+
+
+def _standing(model: nn.Module, plan: Plan) -> Plan:
+    """A plan without what has left the model since, when blocks were pruned."""
+    names = dict(model.named_modules())
+    edits = tuple(edit for edit in plan.edits if (edit.inserted or edit.place.host) in names)
+    if not edits:
+        raise CheckpointError("none of the inserted blocks is in the model any more")
+    return replace(plan, edits=edits)
 
 
 def tensors_of(

@@ -6,6 +6,7 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices, pat
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenconv.errors import SurgeryError
 from tokenconv.surgery.binding import Captured, GridBinding, become
 
 
@@ -36,9 +37,22 @@ class NoteKept:
             self.binding.narrow("", out[1])
 
 
-def watch_dropout(root: nn.Module, binding: GridBinding) -> list[RemovableHandle]:
-    """Let the patch dropout of a timm model note what it drops."""
+def watch_dropout(
+    root: nn.Module, binding: GridBinding, num_prefix_tokens: set[int]
+) -> list[RemovableHandle]:
+    """Let the patch dropout of a timm model note what it drops.
+
+    Raises:
+        SurgeryError: If it counts other tokens as prefix than there are.
+    """
     dropout = getattr(root, "patch_drop", None)
+    kinds = (PatchDropout, PatchDropoutWithIndices)
+    if isinstance(dropout, kinds) and {dropout.num_prefix_tokens} != num_prefix_tokens:
+        raise SurgeryError(
+            f"the patch dropout of this {type(root).__name__} spares {dropout.num_prefix_tokens} "
+            f"prefix tokens and its blocks see {max(num_prefix_tokens)}, so that it may drop one "
+            f"of them; build it with patch_drop_rate=0"
+        )
     if type(dropout) is PatchDropout:
         become(NotingPatchDropout, dropout, binding)
     if isinstance(dropout, PatchDropoutWithIndices):

@@ -103,7 +103,7 @@ class Insertion:
     """The plan that was carried out."""
     folded: bool = False
     """Whether ``fold_`` has folded what was inserted."""
-    one_grid: GridBinding | None = None
+    binding: GridBinding | None = None
     """What carries the grid, where all blocks have the same one."""
     domains: Any = None
     """The values of each domain, where the model has domains."""
@@ -228,9 +228,10 @@ def _bind(
         hook = NoteGrid(binding, key, source)
         module = root.get_submodule(source.module)
         insertion.handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    if family.stage is None:
-        insertion.one_grid = binding
-        insertion.handles += watch_dropout(root, binding)
+    if family.stage is None and len(carried) == len(places):
+        insertion.binding = binding
+        prefix = {place.num_prefix_tokens for place in places}
+        insertion.handles += watch_dropout(root, binding, prefix)
     insertion.handles += [
         root.register_forward_pre_hook(binding.clear),
         root.register_forward_hook(binding.clear),

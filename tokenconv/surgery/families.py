@@ -47,12 +47,14 @@ def of_attribute(source: Any, args: tuple[Any, ...], out: Any) -> Size:
     return source.grid_size
 
 
-def of_packed(kwargs: Mapping[str, Any]) -> Tensor | None:
+def of_packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Where the patches of NaFlexViT's packed images lie; None for plain images."""
-    coords, valid = kwargs.get("patch_coord"), kwargs.get("patch_valid")
-    if coords is None or valid is None:
-        return coords
-    return coords.masked_fill(~valid.bool()[..., None], -1)
+    given = {**dict(zip(("x", "patch_coord", "patch_valid"), args, strict=False)), **kwargs}
+    coords, valid = given.get("patch_coord"), given.get("patch_valid")
+    if coords is None:
+        return None
+    coords = coords.long()
+    return coords if valid is None else coords.masked_fill(~valid.bool()[..., None], -1)
 
 
 def of_strides(source: Any, args: tuple[Any, ...], out: Any) -> Size:
@@ -71,8 +73,8 @@ class Source:
 
     module: str
     size: Callable[[Any, tuple[Any, ...], Any], Size]
-    coords: Callable[[Mapping[str, Any]], Tensor | None] | None = None
-    """Where its tokens lie, if it is told by keyword arguments: see ``grid.SparseGrid``."""
+    coords: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None] | None = None
+    """Where its tokens lie, if its arguments tell: see ``grid.SparseGrid``."""
 
 
 @dataclass(frozen=True, kw_only=True)

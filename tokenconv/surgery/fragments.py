@@ -189,10 +189,12 @@ class _Vacancy(Replacement):
     def __init__(self, original: nn.Module):
         super().__init__()
         self.original = Unregistered(original)
+        self.was_training = original.training
 
     def release(self) -> nn.Module:
-        """The module that was taken out."""
-        self.original.module.train(self.training)  # LeViT's attention returns nothing from it
+        """The module that was taken out, in the mode that the model has been brought to since."""
+        if self.training != self.was_training:  # parts of it may have had another mode than it
+            self.original.module.train(self.training)  # LeViT's attention returns nothing from it
         return self.original.module
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

@@ -64,23 +64,48 @@ def keep_tokens(model: nn.Module, kept: Tensor) -> None:
     Args:
         model: A model that ``insert_`` has changed, whose tokens keep one grid.
         kept: For every token behind the prefix, its index on the grid, row by row: integers
-            ``(B, L)``, negative where a slot holds no token. Or booleans ``(B, H*W)``, false where
-            a token is masked: it stays in the sequence, unchanged, and counts as zero to others.
+            ``(B, L)``, each one once, negative where a slot holds no token. Or booleans
+            ``(B, H*W)``, false where a token is masked: it stays in the sequence, unchanged, and
+            counts as zero to others. Where tokens are missing already, both are about those left.
 
     Raises:
-        SurgeryError: If nothing is inserted, the patch embedding has not run, or the model has
-            grids of several sizes.
-        GridError: If ``kept`` has another shape or type.
+        SurgeryError: If nothing is inserted, the patch embedding has not run, or not all inserted
+            blocks see tokens of one grid.
+        GridError: If ``kept`` has another shape or type, or, not checked when compiled, an index
+            is too large or there twice.
     """
-    if (binding := insertion_of(model).one_grid) is None:
-        raise SurgeryError(f"the tokens of this {type(model).__name__} do not keep one grid")
-    if kept.ndim != 2 or kept.is_floating_point():
+    if (binding := insertion_of(model).binding) is None:
+        raise SurgeryError(
+            f"the blocks of this {type(model).__name__} cannot be told: not all see tokens of one "
+            f"grid, or freeze_grid_ has fixed it"
+        )
+    noted = binding.noted("")
+    full = noted.is_floating_point()
+    available = noted.shape[1] * noted.shape[2] if full else noted.shape[1]
+    binding.narrow("", _indices(kept, available))
+
+
+def _indices(kept: Tensor, available: int) -> Tensor:
+    """Indices into as many tokens as are available, checked."""
+    if not isinstance(kept, Tensor) or kept.dtype not in (torch.bool, torch.int64, torch.int32):
+        got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+        raise GridError(f"expected integers (B, L) or booleans (B, {available}), got {got}")
+    if kept.ndim != 2 or (kept.dtype == torch.bool and kept.shape[1] != available):
         raise GridError(
-            f"expected integers (B, L) or booleans (B, H*W), got {kept.dtype} {tuple(kept.shape)}"
+            f"expected integers (B, L) or booleans (B, {available}), got a {kept.dtype} tensor of "
+            f"shape {tuple(kept.shape)}"
         )
     if kept.dtype == torch.bool:
-        kept = torch.arange(kept.shape[1], device=kept.device).where(kept, -1)
-    binding.narrow("", kept)
+        return torch.arange(available, device=kept.device).where(kept, -1)
+    if not torch.compiler.is_compiling():  # the one place where values are read
+        ordered = kept.sort(dim=1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if (kept >= available).any() or twice.any():
+            raise GridError(
+                f"expected different indices below {available} in every image, got some above or "
+                f"twice; the prefix does not count, and a mask is boolean"
+            )
+    return kept
 
 
 def remove_(model: nn.Module) -> nn.Module:

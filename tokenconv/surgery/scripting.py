@@ -148,6 +148,7 @@ def freeze_grid_(model: nn.Module, size: tuple[int, int]) -> nn.Module:
     _check_blocks(model, insertion)
     grids, sizes = _rehearse(model, insertion, size)
     _take_hooks_out(model)
+    insertion.binding = None
     for name, block in inserted_modules(model).items():
         _fix(block, grids.get(name, TokenGrid((1, 1))))  # a merged kernel has no call of its own
     for module in model.modules():

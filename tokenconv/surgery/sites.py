@@ -352,10 +352,16 @@ class _Look:
         self, block: str, kind: str, name: str, site: str, shape: tuple[int, ...], prefix: str
     ) -> Place:
         """Tokens in the order of a block, or, in front of it, of the block before."""
+        model: Any = self.model
+        if model.patch_drop_rate > 0:
+            raise SurgeryError(
+                f"{name} sees some of the mask units in training, where no convolution can run; "
+                f"build the model with patch_drop_rate=0"
+            )
         index = int(block.rpartition(".")[2])
         if kind == "attn" or site == "before_block":
             index = max(0, index - 1)
-        rows, cols = self.model.reroll.schedule[index][1]  # pyright: ignore
+        rows, cols = model.reroll.schedule[index][1]
         if shape[1] != rows * cols:
             raise SurgeryError(f"{name} sees {shape[1]} tokens, which are not {rows}*{cols}")
         return Place(host=prefix + name, dim=shape[2], rolled=index)
@@ -417,12 +423,20 @@ def _input_size(
 ) -> tuple[int, int, int]:
     """The image size ``(C, H, W)`` that the model was built for."""
     size = getattr(model, "img_size", None)
+    if family.rerolls:
+        known: Any = model
+        size = [n * s for n, s in zip(known.tokens_spatial_shape, known.patch_stride, strict=True)]
     for source in family.sources.values():
         size = size or getattr(model.get_submodule(source.module), "img_size", None)
     if not size and otherwise:
         return otherwise
     config = getattr(model, "pretrained_cfg", None) or {}
     size = size or config.get("input_size", (3, 224, 224))[1:]
-    rows, cols = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else size
+    if len(size) != 2:
+        raise SurgeryError(
+            f"this {type(model).__name__} is for inputs of size {tuple(size)}; expected images"
+        )
+    rows, cols = size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return family.in_chans or (first.in_channels if first else 3), rows, cols

@@ -78,8 +78,8 @@ def _rows(x: Tensor) -> Tensor:
 def _numbers(coords: Tensor) -> Tensor:
     """One number ``(B, L)`` for every position; ``_NOWHERE`` for empty slots."""
     numbers = torch.zeros_like(coords[..., 0], dtype=torch.int64)
-    for axis in coords.unbind(-1):
-        numbers = numbers * _SIDE + axis
+    for axis in range(coords.shape[-1]):  # not unbind: checkpointed graphs cannot keep a tuple
+        numbers = numbers * _SIDE + coords[..., axis]
     return numbers.masked_fill((coords < 0).any(-1), _NOWHERE)
 
 
@@ -94,4 +94,4 @@ def _neighbours(numbers: Tensor, side: int, dilation: int) -> Tensor:
     first = slots * torch.arange(images, device=numbers.device)[:, None]
     rows = first + order.gather(1, found)
     rows = rows.masked_fill(present.gather(1, found) != wanted, images * slots)
-    return rows.unflatten(1, (slots, -1))
+    return rows.unflatten(1, (slots, side * side))
