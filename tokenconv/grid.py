@@ -66,10 +66,10 @@ class TokenGrid:
             (only,) = grid
             if isinstance(only, TokenGrid):
                 return only
-            if isinstance(only, SparseGrid):
+            if isinstance(only, (SparseGrid, MultiGrid)):
                 raise GridError(
-                    "expected tokens that fill their grid, got a SparseGrid; only depthwise "
-                    "convolutions, and blocks made of them, run where tokens are missing"
+                    f"expected tokens that fill one grid, got a {type(only).__name__}, on which "
+                    f"only depthwise convolutions run, and blocks made of them"
                 )
             if isinstance(only, (tuple, list)):
                 return cls(tuple(only))
@@ -171,17 +171,67 @@ class SparseGrid:
             )
 
 
-Grid = int | tuple[int, ...] | TokenGrid | SparseGrid
+@dataclass(frozen=True)
+class MultiGrid:
+    """Several maps in one token sequence, one behind the other; no convolution crosses maps.
+
+    Args:
+        sizes: ``(H, W)`` of every map.
+        num_prefix_tokens: Tokens in front of the first map.
+
+    Raises:
+        GridError: If there is no map, or a size or the prefix count is none.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
+    num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sizes, (tuple, list)) or not self.sizes:
+            raise GridError(f"expected the sizes (H, W) of several maps, got {self.sizes!r}")
+        for size in self.sizes:
+            TokenGrid(size)
+        _check_prefix(self.num_prefix_tokens)
+
+    @property
+    def maps(self) -> list[TokenGrid]:
+        """The maps, as grids without prefix tokens."""
+        return [TokenGrid(size) for size in self.sizes]
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, ``num_prefix_tokens`` plus the maps."""
+        return self.num_prefix_tokens + sum(one.num_positions for one in self.maps)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse tokens that do not fill these maps.
+
+        Args:
+            x: Tokens ``(B, N, C)``.
+
+        Raises:
+            GridError: If ``x`` is not three-dimensional or ``N`` is not ``num_tokens``.
+        """
+        if x.ndim != 3 or x.shape[1] != self.num_tokens:
+            sizes = " + ".join("*".join(str(side) for side in size) for size in self.sizes)
+            raise GridError(
+                f"expected (B, {self.num_tokens}, C), {self.num_prefix_tokens} prefix tokens and "
+                f"{sizes}, got a tensor of shape {tuple(x.shape)}"
+            )
+
+
+AnyGrid = TokenGrid | SparseGrid | MultiGrid
+Grid = int | tuple[int, ...] | AnyGrid
 """What ``forward(x, *grid)`` takes: ``H, W`` as integers, one tuple, or a grid."""
 
 
-def grid_of(*grid: Grid) -> TokenGrid | SparseGrid:
-    """The grid, full or sparse, that a ``forward(x, *grid)`` was given.
+def grid_of(*grid: Grid) -> AnyGrid:
+    """The grid that a ``forward(x, *grid)`` was given.
 
     Raises:
         GridError: If it is none.
     """
-    if len(grid) == 1 and isinstance(grid[0], SparseGrid):
+    if len(grid) == 1 and isinstance(grid[0], (SparseGrid, MultiGrid)):
         return grid[0]
     return TokenGrid.of(*grid)
 

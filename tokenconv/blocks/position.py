@@ -8,11 +8,11 @@ import math
 from torch import Tensor, nn
 
 from tokenconv.grid import Grid
-from tokenconv.layers import DWConv
+from tokenconv.layers import DWConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
 
 
-class PEG(nn.Module):
+class PEG(GridModule):
     """Position encoding generator: ``x + DWConv(x)``; prefix tokens pass unchanged.
 
     Zero padding tells the tokens where the border is. CPVT and Twins put it behind the first block

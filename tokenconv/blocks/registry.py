@@ -9,12 +9,29 @@ from typing import Any, Literal
 from torch import nn
 
 from tokenconv.blocks.ffn import (
+    IRFFN,
+    RMTFFN,
+    Conv2FormerMLP,
+    ConvMLP,
+    EfficientFormerV2FFN,
+    FastViTFFN,
+    FeedForward,
+    LeFF,
+    LocalityFFN,
     MixFFN,
+    MogaFFN,
+    MultiScaleFFN,
+    RepLKNetFFN,
     SeparableFFN,
+    ShuntedFFN,
+    UformerLeFF,
+    UniRepLKNetFFN,
+    branch_of,
     conv_around_activation,
     second_kernel,
     separable_branch,
 )
+from tokenconv.blocks.gated import GDFN, ConvGLU, GatedCNN
 from tokenconv.blocks.position import PEG
 from tokenconv.errors import UnknownNameError
 
@@ -31,8 +48,8 @@ class BlockInfo:
     """Address of the source paper."""
     prefix_policy: str
     """What happens to class and register tokens."""
-    kind: Literal["tokens"]
-    """``tokens`` blocks obey ``forward(x, *grid)``."""
+    kind: Literal["tokens", "scales"]
+    """``tokens`` blocks obey ``forward(x, *grid)`` on any grid, ``scales`` take several maps."""
     parity_test: str
     """The pytest node that proves the block equal to code we did not write."""
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
@@ -44,44 +61,107 @@ class BlockInfo:
     convolution."""
 
 
+def _ffn(
+    name: str,
+    factory: Callable[..., FeedForward],
+    paper: str,
+    sites: Mapping[str, Callable[..., nn.Module]] | None = None,
+    *,
+    prefix_policy: str = "skip the convolution",
+    kind: Literal["tokens", "scales"] = "tokens",
+    parity_test: str = "test_papers.py::test_block_is_that_of_its_paper",
+) -> tuple[str, BlockInfo]:
+    """Row of a feed-forward; it goes beside an MLP if nothing else is said."""
+    return name, BlockInfo(
+        factory=factory,
+        group="ffn",
+        paper=f"https://arxiv.org/abs/{paper}",
+        prefix_policy=prefix_policy,
+        kind=kind,
+        parity_test=f"tests/blocks/{parity_test}",
+        sites={"beside_mlp": branch_of(factory)} if sites is None else sites,
+    )
+
+
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
-    {
-        "mix_ffn": BlockInfo(
-            factory=MixFFN,
-            group="ffn",
-            paper="https://arxiv.org/abs/2106.13797",
-            prefix_policy="skip the convolution",
-            kind="tokens",
-            parity_test="tests/blocks/test_ffn.py::test_mix_ffn_matches_timm",
-            sites={
-                "before_act": conv_around_activation,
-                "after_act": conv_around_activation,
-                "merge_conv": second_kernel,
-            },
-        ),
-        "peg": BlockInfo(
-            factory=PEG,
-            group="position",
-            paper="https://arxiv.org/abs/2102.10882",
-            prefix_policy="pass unchanged",
-            kind="tokens",
-            parity_test="tests/blocks/test_position.py::test_peg_matches_timm",
-            sites={"after_block": PEG, "before_block": PEG, "before_attn": PEG},
-        ),
-        "separable_ffn": BlockInfo(
-            factory=SeparableFFN,
-            group="ffn",
-            paper="https://arxiv.org/abs/1704.04861",
-            prefix_policy="skip the depthwise part",
-            kind="tokens",
-            parity_test="tests/blocks/test_ffn.py::test_separable_ffn_is_its_formula",
-            sites={
-                "beside_mlp": separable_branch,
-                "beside_attn": separable_branch,
-                "replace_attn": separable_branch,
-            },
-        ),
-    }
+    dict(
+        [
+            _ffn(
+                "mix_ffn",
+                MixFFN,
+                "2106.13797",
+                {
+                    "before_act": conv_around_activation,
+                    "after_act": conv_around_activation,
+                    "merge_conv": second_kernel,
+                },
+                parity_test="test_ffn.py::test_mix_ffn_matches_timm",
+            ),
+            _ffn("shunted_ffn", ShuntedFFN, "2111.15193", {"before_act": conv_around_activation}),
+            _ffn("rmt_ffn", RMTFFN, "2309.11523", {"after_act": conv_around_activation}),
+            _ffn("leff", LeFF, "2103.11816", prefix_policy="pass unchanged"),
+            _ffn("uformer_leff", UformerLeFF, "2106.03106"),
+            _ffn("irffn", IRFFN, "2107.06263"),
+            _ffn(
+                "localvit_ffn",
+                LocalityFFN,
+                "2104.05707",
+                {"beside_mlp": branch_of(LocalityFFN, residual=False)},
+                prefix_policy="pass unchanged",
+            ),
+            _ffn("gdfn", GDFN, "2111.09881"),
+            _ffn(
+                "conv_glu",
+                ConvGLU,
+                "2311.17132",
+                {"beside_mlp": branch_of(ConvGLU), "before_act": conv_around_activation},
+            ),
+            _ffn("multi_scale_ffn", MultiScaleFFN, "2205.08534", {}, kind="scales"),
+            _ffn("conv2former_mlp", Conv2FormerMLP, "2211.11943"),
+            _ffn("efficientformerv2_ffn", EfficientFormerV2FFN, "2212.08059"),
+            _ffn("fastvit_ffn", FastViTFFN, "2303.14189"),
+            _ffn("moga_ffn", MogaFFN, "2211.03295"),
+            _ffn("conv_mlp", ConvMLP, "2109.04454", {}),
+            _ffn(
+                "replknet_ffn",
+                RepLKNetFFN,
+                "2203.06717",
+                {"beside_mlp": branch_of(RepLKNetFFN, residual=False)},
+                prefix_policy="take part",
+            ),
+            _ffn("unireplknet_ffn", UniRepLKNetFFN, "2311.15599", prefix_policy="take part"),
+            _ffn(
+                "gated_cnn",
+                GatedCNN,
+                "2405.07992",
+                {"beside_mlp": branch_of(GatedCNN, residual=False)},
+            ),
+            _ffn(
+                "separable_ffn",
+                SeparableFFN,
+                "1704.04861",
+                {
+                    "beside_mlp": separable_branch,
+                    "beside_attn": separable_branch,
+                    "replace_attn": separable_branch,
+                },
+                prefix_policy="skip the depthwise part",
+                parity_test="test_ffn.py::test_separable_ffn_is_its_formula",
+            ),
+            (
+                "peg",
+                BlockInfo(
+                    factory=PEG,
+                    group="position",
+                    paper="https://arxiv.org/abs/2102.10882",
+                    prefix_policy="pass unchanged",
+                    kind="tokens",
+                    parity_test="tests/blocks/test_position.py::test_peg_matches_timm",
+                    sites={"after_block": PEG, "before_block": PEG, "before_attn": PEG},
+                ),
+            ),
+        ]
+    )
 )
 
 

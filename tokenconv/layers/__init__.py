@@ -1,6 +1,21 @@
 """Modules that own parameters and call one op."""
 
+from tokenconv.layers.base import GridModule
+from tokenconv.layers.channel import (
+    BatchNorm,
+    EfficientChannelAttention,
+    GlobalResponseNorm,
+    SqueezeExcite,
+)
 from tokenconv.layers.depthwise import DWConv
 from tokenconv.layers.separable import SeparableConv
 
-__all__ = ["DWConv", "SeparableConv"]
+__all__ = [
+    "BatchNorm",
+    "DWConv",
+    "EfficientChannelAttention",
+    "GlobalResponseNorm",
+    "GridModule",
+    "SeparableConv",
+    "SqueezeExcite",
+]

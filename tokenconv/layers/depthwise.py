@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.grid import Grid, grid_of
+from tokenconv.layers.base import GridModule
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 _FOLDED = 2
 """Version, in the metadata of a state dict, of a kernel that the residual was added to."""
 
 
-class DWConv(nn.Module):
+class DWConv(GridModule):
     """Depthwise convolution on tokens, called as in the papers' code: ``DWConv(dim)(x, H, W)``.
 
     Formula: ``y[p] = bias + sum_q weight[q] * x[p + q]`` on the grid, ``y = x`` on prefix tokens;

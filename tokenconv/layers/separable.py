@@ -6,11 +6,12 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 from torch import Tensor, nn
 
 from tokenconv.grid import Grid
+from tokenconv.layers.base import GridModule
 from tokenconv.layers.depthwise import DWConv
 from tokenconv.ops.depthwise_conv import Impl
 
 
-class SeparableConv(nn.Module):
+class SeparableConv(GridModule):
     """Depthwise, then pointwise convolution on tokens, with nothing between them.
 
     Formula: ``y[p, o] = b[o] + sum_c P[o, c] * (sum_q D[c, q] * x[p + q, c])`` on the grid. Prefix

@@ -279,7 +279,9 @@ def _build(place: Place, site: str, block: str, kwargs: Mapping[str, Any]) -> nn
     """A fragment without values, so that planning draws no random numbers."""
     fragments = block_info(block).sites
     if site not in fragments:
-        raise SurgeryError(f"{block} has no form for {site}; it goes {' or '.join(fragments)}")
+        raise SurgeryError(
+            f"{block} has no form for {site}; it goes {' or '.join(fragments) or 'nowhere'}"
+        )
     try:
         with torch.device("meta"):
             return fragments[site](place.dim, **kwargs)

@@ -349,6 +349,8 @@ def _usual_site(block: str, candidate: BlockSites) -> str:
     if block == NONE:
         return "remove_conv"
     sites = BLOCKS[block].sites
+    if not sites:
+        raise SurgeryError(f"{block} goes into no live model; build it with create_block")
     if "merge_conv" in sites and "conv" in candidate.kinds:
         return "merge_conv"
     return next(iter(sites))

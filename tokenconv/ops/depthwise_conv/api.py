@@ -6,10 +6,11 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenconv.errors import UnknownNameError
-from tokenconv.grid import SparseGrid, TokenGrid, grid_of
+from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, grid_of
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
 from tokenconv.ops.depthwise_conv.gather import depthwise_conv_gather
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
@@ -42,7 +43,7 @@ def depthwise_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grid: TokenGrid | SparseGrid | tuple[int, ...],
+    grid: AnyGrid | tuple[int, ...],
     *,
     dilation: int = 1,
     residual: bool = False,
@@ -53,7 +54,8 @@ def depthwise_conv(
     Prefix tokens (class, registers) pass through unchanged. The grid is zero-padded and keeps its
     size. On a ``(T, H, W)`` grid each frame is convolved by itself. Equals
     ``F.conv2d(map, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)`` on
-    the folded grid; for a ``SparseGrid``, on a map that is zero where no token is.
+    the folded grid; for a ``SparseGrid``, on a map that is zero where no token is; for a
+    ``MultiGrid``, on every map by itself.
 
     Args:
         x: Tokens ``(B, N, C)``, prefix tokens first, then the grid in row-major order, or those
@@ -79,6 +81,14 @@ def depthwise_conv(
     grid = grid_of(grid)
     grid.check(x)
     _check_kernel(x, weight, bias, dilation)
+    if isinstance(grid, MultiGrid):
+        prefix, *maps = x.split([grid.num_prefix_tokens, *(m.num_positions for m in grid.maps)], 1)
+        call: Any = {"dilation": dilation, "residual": residual, "impl": impl}
+        outs = [
+            depthwise_conv(tokens, weight, bias, one, **call)
+            for tokens, one in zip(maps, grid.maps, strict=True)
+        ]
+        return torch.cat([prefix.to(outs[0].dtype), *outs], dim=1)
     implementations: Any = _SPARSE if isinstance(grid, SparseGrid) else _FULL
     chosen = next(iter(implementations)) if impl is None else Impl.of(impl)
     if chosen not in implementations:

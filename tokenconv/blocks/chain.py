@@ -1,0 +1,120 @@
+"""What blocks are composed of: steps on tokens in a row, a shortcut around some, a gate.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenconv.grid import AnyGrid, Grid, grid_of
+from tokenconv.layers import DWConv, GridModule
+
+
+class Chain(GridModule):
+    """Steps on tokens, one after another; those that need the grid are given it.
+
+    Args:
+        **steps: Modules by name, in their order; None is left out.
+    """
+
+    prefix_tokens: Literal["take part", "pass", "vanish"] = "take part"
+    """What prefix tokens do: take the steps (but convolutions), pass unchanged, or become zero."""
+
+    def __init__(self, **steps: nn.Module | None):
+        super().__init__()
+        for name, step in steps.items():
+            if step is not None:
+                self.add_module(name, step)
+
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        """See ``GridModule``."""
+        known = grid_of(*grid)
+        num_prefix_tokens = known.num_prefix_tokens
+        if self.prefix_tokens == "take part" or not num_prefix_tokens:
+            return self.run(x, known)
+        known.check(x)
+        prefix, rest = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+        out = self.run(rest, replace(known, num_prefix_tokens=0))
+        first = prefix if self.prefix_tokens == "pass" else torch.zeros_like(prefix)
+        return torch.cat([first.to(out.dtype), out], dim=1)
+
+    def run(self, x: Tensor, grid: AnyGrid) -> Tensor:
+        """Run the steps."""
+        for step in self._modules.values():  # children() would skip a module that is there twice
+            x = step(x, grid) if isinstance(step, GridModule) else step(x)  # pyright: ignore
+        return x
+
+    def init_neutral_(self) -> None:
+        """Make the output zero, by the last step that has parameters; the others start anew."""
+        type(self).reset_parameters(self)  # pyright: ignore  # every block has it; surgery hides it
+        last = [step for step in self.children() if next(step.parameters(), None) is not None][-1]
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+
+
+class Shortcut(Chain):
+    """``x`` plus what the steps make of it."""
+
+    def run(self, x: Tensor, grid: AnyGrid) -> Tensor:
+        """Run the steps, and add."""
+        return x + super().run(x, grid)
+
+
+# --- how the papers' code starts its weights; norms start from one and zero everywhere ---
+
+
+def init_linears_(module: nn.Module) -> None:
+    """Linear layers from a truncated normal of std 0.02, biases zero; convolutions as in torch."""
+    _init_(module, linear=_truncated_, conv=None)
+
+
+def init_pvt_(module: nn.Module) -> None:
+    """As ``init_linears_``, convolutions from a normal of std ``sqrt(2) / K``, biases zero."""
+    _init_(module, linear=_truncated_, conv=_by_kernel_)
+
+
+def init_truncated_(module: nn.Module) -> None:
+    """Everything from a truncated normal of std 0.02, biases zero."""
+    _init_(module, linear=_truncated_, conv=_truncated_)
+
+
+def init_kaiming_(module: nn.Module) -> None:
+    """Everything from a Kaiming normal over the outputs, gain ``sqrt(2)``, biases zero."""
+    _init_(module, linear=_kaiming_, conv=_kaiming_)
+
+
+def init_torch_(module: nn.Module) -> None:
+    """As ``nn.Linear`` and ``nn.Conv2d``."""
+    _init_(module, linear=None, conv=None)
+
+
+def _init_(
+    module: nn.Module,
+    linear: Callable[[Tensor], object] | None,
+    conv: Callable[[Tensor], object] | None,
+) -> None:
+    for part in module.modules():
+        if not isinstance(part, Chain) and hasattr(part, "reset_parameters"):
+            part.reset_parameters()  # pyright: ignore[reportCallIssue]
+        init = linear if isinstance(part, nn.Linear) else conv
+        if init and isinstance(part, (nn.Linear, DWConv, nn.Conv1d)):
+            init(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def _truncated_(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02)
+
+
+def _kaiming_(weight: Tensor) -> None:
+    nn.init.kaiming_normal_(weight, mode="fan_out")
+
+
+def _by_kernel_(weight: Tensor) -> None:
+    nn.init.normal_(weight, std=math.sqrt(2 / weight[0, 0].numel()))
