@@ -67,7 +67,7 @@ MIX = ("--block", "mix_ffn")
         (("test_vit.nonsense", *MIX), "cannot build test_vit.nonsense: "),
         (
             ("test_vit", "--block", "mixffn"),
-            "unknown block 'mixffn': did you mean mix_ffn?",
+            "unknown block 'mixffn': did you mean mix_ffn or ",
         ),
         (
             ("resnet18", *MIX),

@@ -25,7 +25,7 @@ def run_list(args: argparse.Namespace) -> None:
         return
     for name in list_blocks(args.pattern):
         info = BLOCKS[name]
-        sites = ", ".join(info.sites)
+        sites = ", ".join(info.sites) or "none, it is a block by itself"
         policy = f"prefix tokens: {info.prefix_policy}"
         print(f"{name}  {info.group}  sites: {sites}  {policy}  {info.paper}")
 
