@@ -1,36 +1,164 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.models.coat import ConvPosEnc
+from timm.models.fastvit import RepConditionalPosEnc
 from timm.models.twins import PosConv
+from timm.models.xcit import LPI
+from torch import nn
 
 import tokenconv as tc
 
+DIM = 12
 
-@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 9), (8, 3)])
-def test_peg_matches_timm(rows, cols):
-    theirs = PosConv(12, 12).double()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_()
-    ours = tc.create_block("peg", dim=12).double()
-    ours.load_state_dict(theirs.state_dict(), strict=True)  # has the official proj.0
-    x = torch.randn(2, rows * cols, 12, dtype=torch.float64, requires_grad=True)
+
+class OnMaps(nn.Module):
+    """Calls a module for maps ``(B, C, H, W)`` with tokens."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, rows, cols):
+        fmap = x.transpose(1, 2).unflatten(2, (rows, cols))
+        return self.module(fmap).flatten(2).transpose(1, 2)
+
+
+class WithoutPrefix(nn.Module):
+    """CoaT's encoding, which wants a class token, and gets one that is forgotten."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = ConvPosEnc(DIM).proj
+
+    def forward(self, x, rows, cols):
+        theirs = ConvPosEnc(DIM)
+        theirs.proj = self.proj
+        return theirs(F.pad(x, (0, 0, 1, 0)), (rows, cols))[:, 1:]
+
+
+class LiteralEncoding(nn.Module):
+    """``x + conv(x)``, as CMT, UniFormer, RMT and BiFormer write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class OnTokens(nn.Module):
+    """timm's modules that are called with a size."""
+
+    def __init__(self, module, pair):
+        super().__init__()
+        self.module, self.pair = module, pair
+
+    def forward(self, x, rows, cols):
+        return self.module(x, (rows, cols)) if self.pair else self.module(x, rows, cols)
+
+
+ENCODINGS = {
+    "peg": lambda: OnTokens(PosConv(DIM, DIM), pair=True),
+    "lpu": lambda: OnMaps(LiteralEncoding()),
+    "cpe": WithoutPrefix,
+    "dpe": lambda: OnMaps(LiteralEncoding()),
+    "rep_cpe": lambda: OnMaps(RepConditionalPosEnc(DIM)),
+}
+
+
+def randomize_(module):
+    generator = torch.Generator().manual_seed(0)
+    for key, value in [*module.named_parameters(), *module.named_buffers()]:
+        if value.is_floating_point():
+            draw = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            value.data.copy_(0.5 + draw.abs() if "var" in key else 0.5 * draw)
+    return module
+
+
+def assert_same(ours, theirs, rows, cols):
+    x = torch.randn(2, rows * cols, DIM, dtype=torch.float64, requires_grad=True)
     results = []
-    for module, out in ((ours, ours(x, rows, cols)), (theirs, theirs(x, (rows, cols)))):
+    for module in (ours, theirs):
+        out = module(x, rows, cols)
         results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_prefix_tokens_pass_a_peg_unchanged():
-    block = tc.create_block("peg", dim=8, kernel_size=5)
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 9), (8, 3)])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encoding_is_that_of_its_paper(name, rows, cols):
+    theirs = randomize_(ENCODINGS[name]().double())
+    ours = tc.create_block(name, dim=DIM).double()
+    state = zip(ours.state_dict(), theirs.state_dict().values(), strict=True)
+    ours.load_state_dict(dict(state))
+    assert_same(ours, theirs, rows, cols)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (8, 3)])
+def test_lpi_matches_timm(rows, cols, training):
+    theirs = randomize_(LPI(DIM).double()).train(training)
+    ours = tc.create_block("lpi", dim=DIM).double().train(training)
+    state = zip(ours.state_dict(), theirs.state_dict().values(), strict=True)
+    ours.load_state_dict(dict(state))
+    assert_same(ours, OnTokens(theirs, pair=False), rows, cols)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "side"), [("peg", "proj.0", 3), ("rep_cpe", "pos_enc", 7), ("cpe", "proj", 3)]
+)
+def test_official_keys_load(name, key, side):
+    state = {f"{key}.weight": torch.randn(DIM, 1, side, side), f"{key}.bias": torch.randn(DIM)}
+    block = tc.create_block(name, dim=DIM)
+    block.load_state_dict(state, strict=True)
+    assert torch.equal(block.proj.weight, state[f"{key}.weight"])
+
+
+@pytest.mark.parametrize("name", [*ENCODINGS, "lpi"])
+def test_prefix_tokens_pass_unchanged(name):
+    block = randomize_(tc.create_block(name, dim=8, kernel_size=5)).eval()
     x = torch.randn(2, 2 + 12, 8)
     out = block(x, tc.TokenGrid((3, 4), num_prefix_tokens=2))
     assert torch.equal(out[:, :2], x[:, :2])
-    assert torch.equal(out[:, 2:], block(x[:, 2:], 3, 4))
+    torch.testing.assert_close(out[:, 2:], block(x[:, 2:], 3, 4))
     assert (out[:, 2:] - x[:, 2:]).abs().max() > 0.1
 
 
-def test_a_peg_has_the_parameters_it_says():
-    block = tc.create_block("peg", dim=8, kernel_size=5)
-    assert sum(p.numel() for p in block.parameters()) == 8 * (5 * 5 + 1)
+def test_parameter_counts_are_the_published_formulas():
+    for name in ENCODINGS:
+        block = tc.create_block(name, dim=8, kernel_size=5)
+        assert sum(p.numel() for p in block.parameters()) == 8 * (5 * 5 + 1)
+    assert sum(p.numel() for p in tc.create_block("lpi", dim=8).parameters()) == 20 * 8 + 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [("peg", (2 / 9) ** 0.5), ("lpu", (2 / 9 / 512) ** 0.5), ("cpe", 1 / 3 / 3**0.5),
+     ("dpe", 1 / 3 / 3**0.5), ("rep_cpe", 0.02)],
+)  # fmt: skip
+def test_starts_as_the_papers_code_does(name, std):
+    torch.manual_seed(0)
+    weight = tc.create_block(name, dim=512).proj.weight
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_only_twins_keeps_its_kernel_out_of_weight_decay():
+    assert tc.create_block("peg", dim=8).no_weight_decay() == {"proj.weight"}
+    assert not hasattr(tc.create_block("lpu", dim=8), "no_weight_decay")
+
+
+def test_a_folded_encoding_is_timms_reparameterised_one():
+    theirs = randomize_(RepConditionalPosEnc(DIM).double()).eval()
+    ours = tc.create_block("rep_cpe", dim=DIM).double()
+    state = zip(ours.state_dict(), theirs.state_dict().values(), strict=True)
+    ours.load_state_dict(dict(state))
+    before = ours(x := torch.randn(2, 35, DIM, dtype=torch.float64), 5, 7)
+    assert ours.proj.fold_()
+    theirs.reparameterize()
+    torch.testing.assert_close(ours.proj.weight, theirs.reparam_conv.weight, rtol=0, atol=0)
+    torch.testing.assert_close(ours(x, 5, 7), before, rtol=1e-12, atol=1e-12)

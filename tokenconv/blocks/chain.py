@@ -6,7 +6,7 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,21 @@ class Shortcut(Chain):
         return x + super().run(x, grid)
 
 
+def branch_of(block: Callable[..., Chain], **fixed: Any) -> Callable[..., Chain]:
+    """What a block adds beside an MLP: itself, without its residual.
+
+    Prefix tokens that it passes get nothing from it.
+    """
+
+    def build(dim: int, **kwargs: Any) -> Chain:
+        branch = block(dim, **{**fixed, **kwargs})
+        if branch.prefix_tokens == "pass":
+            branch.prefix_tokens = "vanish"
+        return branch
+
+    return build
+
+
 # --- how the papers' code starts its weights; norms start from one and zero everywhere ---
 
 
@@ -99,7 +114,8 @@ def _init_(
     conv: Callable[[Tensor], object] | None,
 ) -> None:
     for part in module.modules():
-        if not isinstance(part, Chain) and hasattr(part, "reset_parameters"):
+        ours = part is module or isinstance(part, Chain)  # their start is this one
+        if not ours and hasattr(part, "reset_parameters"):
             part.reset_parameters()  # pyright: ignore[reportCallIssue]
         init = linear if isinstance(part, nn.Linear) else conv
         if init and isinstance(part, (nn.Linear, DWConv, nn.Conv1d)):

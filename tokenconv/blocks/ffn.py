@@ -700,18 +700,3 @@ def separable_branch(
 ) -> SeparableConv:
     """What ``separable_ffn`` puts beside an MLP or attention, or in place of attention."""
     return SeparableConv(dim, kernel_size, dilation=dilation, bias=bias, impl=impl)
-
-
-def branch_of(block: Callable[..., FeedForward], **fixed: Any) -> Callable[..., FeedForward]:
-    """What a feed-forward adds beside an MLP: itself, without its residual.
-
-    Prefix tokens that it passes get nothing from it.
-    """
-
-    def build(dim: int, **kwargs: Any) -> FeedForward:
-        branch = block(dim, **{**fixed, **kwargs})
-        if branch.prefix_tokens == "pass":
-            branch.prefix_tokens = "vanish"
-        return branch
-
-    return build

@@ -1,74 +1,174 @@
-"""Position encodings by convolution over the token grid.
+"""Position encodings and local interaction by convolution over the token grid.
 
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
-import math
+from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from tokenconv.blocks.chain import (
+    Chain,
+    init_kaiming_,
+    init_linears_,
+    init_pvt_,
+    init_torch_,
+    init_truncated_,
+)
 from tokenconv.grid import Grid
-from tokenconv.layers import DWConv, GridModule
+from tokenconv.layers import BatchNorm, DWConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
 
 
-class PEG(GridModule):
-    """Position encoding generator: ``x + DWConv(x)``; prefix tokens pass unchanged.
+class PositionalConv(GridModule):
+    """``x + DWConv(x)``, common to the position encodings; prefix tokens pass unchanged.
 
-    Zero padding tells the tokens where the border is. CPVT and Twins put it behind the first block
-    of the network or of a stage. Parameters: ``dim * (K*K + 1)``. The kernel starts from a normal
-    of std ``sqrt(2) / K``, the bias from zero. Keys: ``proj``; those of the official module
-    (``proj.0.weight``) load as well.
+    Zero padding tells the tokens where the border is. Parameters: ``C * (K*K + 1)``. Keys:
+    ``proj``; those of the official modules (``proj.0``, ``pos_enc``) load as well.
 
     Args:
         dim: Channels C.
-        kernel_size: Odd kernel side K.
+        kernel_size: Odd kernel side K; None takes that of the paper.
         impl: Implementation of the convolution, see ``Impl``; None chooses.
 
     Raises:
         ValueError: If the kernel is even or ``dim`` is not positive.
-
-    References:
-        CPVT, https://arxiv.org/abs/2102.10882; Twins, https://arxiv.org/abs/2104.13840
     """
 
-    def __init__(self, dim: int, *, kernel_size: int = 3, impl: Impl | str | None = None):
+    kernel_size: ClassVar[int] = 3
+    init: ClassVar[Callable[[nn.Module], None]] = staticmethod(init_torch_)
+    """How the paper's code starts the kernel."""
+
+    def __init__(self, dim: int, *, kernel_size: int | None = None, impl: Impl | str | None = None):
         super().__init__()
-        self.proj = DWConv(dim, kernel_size, residual=True, impl=impl)
+        side = self.kernel_size if kernel_size is None else kernel_size
+        self.proj = DWConv(dim, side, residual=True, impl=impl)
         self._register_load_state_dict_pre_hook(_accept_official_keys)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the Twins repository does."""
-        nn.init.normal_(self.proj.weight, std=math.sqrt(2) / self.proj.kernel_size)
-        if self.proj.bias is not None:
-            nn.init.zeros_(self.proj.bias)
+        """Initialise as the paper's code does."""
+        type(self).init(self)
 
     def init_neutral_(self) -> None:
         """Make the output equal to the input."""
         self.proj.init_neutral_()
 
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        """Add the position encoding; see ``GridModule``."""
+        return self.proj(x, *grid)
+
+
+class PEG(PositionalConv):
+    """Position encoding generator of CPVT and Twins: behind the first block, or of every stage.
+
+    The kernel starts from a normal of std ``sqrt(2) / K``, the bias from zero.
+
+    References:
+        CPVT, https://arxiv.org/abs/2102.10882; Twins, https://arxiv.org/abs/2104.13840
+    """
+
+    init = staticmethod(init_pvt_)
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that Twins keeps out of weight decay: the kernel (biases always are)."""
         return {"proj.weight"}
 
-    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
-        """Add the position encoding.
 
-        Args:
-            x: Tokens ``(B, N, C)``.
-            *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
+class LPU(PositionalConv):
+    """Local perception unit of CMT: in front of every block.
 
-        Returns:
-            Tokens ``(B, N, C)``.
+    The paper has no prefix tokens. The kernel starts from a Kaiming normal over the outputs.
 
-        Raises:
-            GridError: If ``x`` does not fill the grid.
-        """
-        return self.proj(x, *grid)
+    References:
+        https://arxiv.org/abs/2107.06263
+    """
+
+    init = staticmethod(init_kaiming_)
+
+
+class CPE(PositionalConv):
+    """Convolutional position encoding of CoaT: in front of every block, one for a whole stage.
+
+    The kernel starts as that of ``nn.Conv2d``.
+
+    References:
+        https://arxiv.org/abs/2104.06399
+    """
+
+
+class DPE(PositionalConv):
+    """Dynamic position embedding of UniFormer: in front of every block.
+
+    RMT and BiFormer have the same. The papers have no prefix tokens. The kernel starts as that of
+    ``nn.Conv2d``.
+
+    References:
+        UniFormer, https://arxiv.org/abs/2201.04676; RMT, https://arxiv.org/abs/2309.11523;
+        BiFormer, https://arxiv.org/abs/2303.08810
+    """
+
+
+class RepCPE(PositionalConv):
+    """Conditional position encoding of FastViT, with a 7x7 kernel: in front of a stage.
+
+    ``fold_`` makes one convolution of it. The paper has no prefix tokens. The kernel starts from a
+    truncated normal of std 0.02.
+
+    References:
+        https://arxiv.org/abs/2303.14189
+    """
+
+    kernel_size = 7
+    init = staticmethod(init_truncated_)
+
+
+class LPI(Chain):
+    """Local patch interaction of XCiT: two convolutions between the tokens' channels and nothing.
+
+    ``DWConv -> activation -> BN -> DWConv``, no residual: XCiT adds it as a third branch of the
+    block, behind a norm and LayerScale. Prefix tokens pass unchanged; the paper's model has none
+    there. Parameters: ``2*C*(K*K + 1) + 2*C``.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd kernel side K.
+        act_layer: Makes the activation.
+        impl: Implementation of the convolutions, see ``Impl``; None chooses.
+
+    Raises:
+        ValueError: If the kernel is even or ``dim`` is not positive.
+
+    References:
+        https://arxiv.org/abs/2106.09681
+    """
+
+    prefix_tokens = "pass"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kernel_size: int = 3,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        impl: Impl | str | None = None,
+    ):
+        super().__init__(
+            dwconv1=DWConv(dim, kernel_size, impl=impl),
+            act=act_layer(),
+            norm=BatchNorm(dim),
+            dwconv2=DWConv(dim, kernel_size, impl=impl),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as XCiT does."""
+        init_linears_(self)
 
 
 def _accept_official_keys(state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
     for name in ("weight", "bias"):
-        if (official := f"{prefix}proj.0.{name}") in state_dict:
-            state_dict[f"{prefix}proj.{name}"] = state_dict.pop(official)
+        for official in (f"{prefix}proj.0.{name}", f"{prefix}pos_enc.{name}"):
+            if official in state_dict:
+                state_dict[f"{prefix}proj.{name}"] = state_dict.pop(official)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tokenconv.blocks.chain import branch_of
 from tokenconv.blocks.ffn import (
     IRFFN,
     RMTFFN,
@@ -26,13 +27,12 @@ from tokenconv.blocks.ffn import (
     ShuntedFFN,
     UformerLeFF,
     UniRepLKNetFFN,
-    branch_of,
     conv_around_activation,
     second_kernel,
     separable_branch,
 )
 from tokenconv.blocks.gated import GDFN, ConvGLU, GatedCNN
-from tokenconv.blocks.position import PEG
+from tokenconv.blocks.position import CPE, DPE, LPI, LPU, PEG, RepCPE
 from tokenconv.errors import UnknownNameError
 
 
@@ -80,6 +80,24 @@ def _ffn(
         kind=kind,
         parity_test=f"tests/blocks/{parity_test}",
         sites={"beside_mlp": branch_of(factory)} if sites is None else sites,
+    )
+
+
+def _position(
+    name: str,
+    factory: Callable[..., nn.Module],
+    paper: str,
+    *sites: str,
+) -> tuple[str, BlockInfo]:
+    """Row of a position encoding; it goes in front of a block if nothing else is said."""
+    return name, BlockInfo(
+        factory=factory,
+        group="position",
+        paper=f"https://arxiv.org/abs/{paper}",
+        prefix_policy="pass unchanged",
+        kind="tokens",
+        parity_test="tests/blocks/test_position.py::test_encoding_is_that_of_its_paper",
+        sites=dict.fromkeys(sites or ("before_block", "after_block", "before_attn"), factory),
     )
 
 
@@ -148,16 +166,21 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
                 prefix_policy="skip the depthwise part",
                 parity_test="test_ffn.py::test_separable_ffn_is_its_formula",
             ),
+            _position("peg", PEG, "2102.10882", "after_block", "before_block", "before_attn"),
+            _position("lpu", LPU, "2107.06263"),
+            _position("cpe", CPE, "2104.06399"),
+            _position("dpe", DPE, "2201.04676"),
+            _position("rep_cpe", RepCPE, "2303.14189"),
             (
-                "peg",
+                "lpi",
                 BlockInfo(
-                    factory=PEG,
+                    factory=LPI,
                     group="position",
-                    paper="https://arxiv.org/abs/2102.10882",
+                    paper="https://arxiv.org/abs/2106.09681",
                     prefix_policy="pass unchanged",
                     kind="tokens",
-                    parity_test="tests/blocks/test_position.py::test_peg_matches_timm",
-                    sites={"after_block": PEG, "before_block": PEG, "before_attn": PEG},
+                    parity_test="tests/blocks/test_position.py::test_lpi_matches_timm",
+                    sites={"beside_mlp": branch_of(LPI), "beside_attn": branch_of(LPI)},
                 ),
             ),
         ]

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.position import PEG
 from tokenconv.costs import meta_copy, run_meta
 from tokenconv.errors import GridError, MeasurementError, SurgeryError
 from tokenconv.grid import TokenGrid
@@ -53,14 +52,6 @@ class FixedDWConv(DWConv):
         return torch.cat([x[:, :skipped].to(tokens.dtype), tokens], dim=1)
 
 
-class FixedPEG(PEG):
-    """A ``PEG`` on one grid."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Add the position encoding."""
-        return self.proj(x)
-
-
 class FixedSeparableConv(SeparableConv):
     """A ``SeparableConv`` on one grid."""
 
@@ -84,7 +75,6 @@ class FixedAroundAct(AroundAct):
 
 _FIXED: dict[type[nn.Module], type[nn.Module]] = {
     DWConv: FixedDWConv,
-    PEG: FixedPEG,
     SeparableConv: FixedSeparableConv,
     AroundAct: FixedAroundAct,
 }
