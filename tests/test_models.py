@@ -29,6 +29,8 @@ HYBRIDS = [
         ("vit_tiny_patch16_224", VIT, "separable_ffn"),
         ("pvt_v2_b0", PVT, "mix_ffn"),
         ("pvt_v2_b0", PVT, "peg"),
+        ("vit_tiny_patch16_224", VIT, "leff"),
+        ("pvt_v2_b0", PVT, "conv_glu"),
     )
 ]
 each_hybrid = pytest.mark.parametrize(("base", "name", "kwargs", "size"), HYBRIDS)
@@ -93,7 +95,7 @@ def test_registered_names():
         *(f"vit_{size}_patch14_reg4_dinov2_mix_ffn" for size in ("base", "small")),
     ]
     assert set(timm.list_models(module="models")) == {*models.HYBRIDS, "tokenconv"}
-    assert len(models.HYBRIDS) == 45
+    assert len(models.HYBRIDS) == 75
     for name, (base, request) in models.HYBRIDS.items():
         assert timm.is_model(name)
         assert name == f"{base}_{request['block']}"

@@ -43,6 +43,8 @@ _BLOCKS: Mapping[str, Mapping[str, Any]] = {
     "mix_ffn": {},
     "peg": {"blocks": r"\bblocks\.0$"},  # once per stage, as in CPVT and Twins
     "separable_ffn": {},
+    "conv_glu": {},
+    "leff": {},
 }
 HYBRIDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     f"{base}_{block}": (base, {"block": block, **arguments})
