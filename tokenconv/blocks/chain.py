@@ -4,7 +4,7 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from tokenconv.grid import AnyGrid, Grid, grid_of
 from tokenconv.layers import DWConv, GridModule
+
+Steps = Mapping[str, nn.Module | None]
+"""Modules by name, in their order; None is left out."""
 
 
 class Chain(GridModule):
@@ -63,6 +66,12 @@ class Shortcut(Chain):
     def run(self, x: Tensor, grid: AnyGrid) -> Tensor:
         """Run the steps, and add."""
         return x + super().run(x, grid)
+
+
+class Local(Shortcut):
+    """A shortcut around steps that prefix tokens do not take."""
+
+    prefix_tokens = "pass"
 
 
 def branch_of(block: Callable[..., Chain], **fixed: Any) -> Callable[..., Chain]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from tokenconv.blocks.chain import (
     Chain,
+    Local,
     Shortcut,
+    Steps,
     init_kaiming_,
     init_linears_,
     init_pvt_,
@@ -33,8 +35,6 @@ from tokenconv.layers import (
     SqueezeExcite,
 )
 from tokenconv.ops.depthwise_conv import Impl
-
-Steps = Mapping[str, nn.Module | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +209,10 @@ class RMTFFN(FeedForward):
             "fc1": parts.expand(),
             "act": parts.act(),
             "drop1": parts.drop(),
-            "local": _Local(dwconv=parts.conv(), norm=norm),
+            "local": Local(dwconv=parts.conv(), norm=norm),
             "fc2": parts.project(),
             "drop2": parts.drop(),
         }
-
-
-class _Local(Shortcut):
-    """A shortcut around steps that prefix tokens do not take."""
-
-    prefix_tokens = "pass"
 
 
 class UformerLeFF(FeedForward):
@@ -387,7 +381,7 @@ class Conv2FormerMLP(FeedForward):
             "norm": nn.LayerNorm(parts.dim, eps=1e-6),
             "fc1": parts.expand(),
             "act": parts.act(),
-            "local": _Local(dwconv=parts.conv(), act=parts.act()),
+            "local": Local(dwconv=parts.conv(), act=parts.act()),
             "fc2": parts.project(),
         }
 

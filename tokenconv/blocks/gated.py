@@ -6,8 +6,8 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, h hidden width, 
 import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Chain, Shortcut, init_pvt_, init_truncated_
-from tokenconv.blocks.ffn import FeedForward, Parts, Steps
+from tokenconv.blocks.chain import Chain, Shortcut, Steps, init_pvt_, init_truncated_
+from tokenconv.blocks.ffn import FeedForward, Parts
 from tokenconv.grid import Grid
 from tokenconv.layers import DWConv, GridModule
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tokenconv.blocks.adapters import AdaptFormer, ConvAdapter, Convpass, Mona, RepAdapter
 from tokenconv.blocks.chain import branch_of
 from tokenconv.blocks.ffn import (
     IRFFN,
@@ -101,6 +102,20 @@ def _position(
     )
 
 
+def _adapter(
+    name: str, factory: Callable[..., nn.Module], paper: str, *sites: str, prefix_policy: str
+) -> tuple[str, BlockInfo]:
+    return name, BlockInfo(
+        factory=factory,
+        group="adapter",
+        paper=f"https://arxiv.org/abs/{paper}",
+        prefix_policy=prefix_policy,
+        kind="tokens",
+        parity_test="tests/blocks/test_adapters.py::test_adapter_is_that_of_its_paper",
+        sites=dict.fromkeys(sites, factory),
+    )
+
+
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
     dict(
         [
@@ -182,6 +197,31 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
                     parity_test="tests/blocks/test_position.py::test_lpi_matches_timm",
                     sites={"beside_mlp": branch_of(LPI), "beside_attn": branch_of(LPI)},
                 ),
+            ),
+            _adapter(
+                "convpass",
+                Convpass,
+                "2207.07039",
+                "beside_mlp",
+                "beside_attn",
+                prefix_policy="convolved as images of one pixel",
+            ),
+            _adapter(
+                "conv_adapter",
+                ConvAdapter,
+                "2208.07463",
+                "beside_mlp",
+                "beside_attn",
+                prefix_policy="convolved as images of one pixel",
+            ),
+            _adapter(
+                "mona", Mona, "2408.08345", "after_block", prefix_policy="skip the convolution"
+            ),
+            _adapter(
+                "rep_adapter", RepAdapter, "2302.08106", "before_attn", prefix_policy="take part"
+            ),
+            _adapter(
+                "adaptformer", AdaptFormer, "2205.13535", "beside_mlp", prefix_policy="take part"
             ),
         ]
     )

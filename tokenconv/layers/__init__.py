@@ -7,6 +7,7 @@ from tokenconv.layers.channel import (
     GlobalResponseNorm,
     SqueezeExcite,
 )
+from tokenconv.layers.conv import GridConv
 from tokenconv.layers.depthwise import DWConv
 from tokenconv.layers.separable import SeparableConv
 
@@ -15,6 +16,7 @@ __all__ = [
     "DWConv",
     "EfficientChannelAttention",
     "GlobalResponseNorm",
+    "GridConv",
     "GridModule",
     "SeparableConv",
     "SqueezeExcite",

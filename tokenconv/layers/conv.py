@@ -1,0 +1,81 @@
+"""Full and grouped convolution on tokens as a module.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenconv.grid import Grid, TokenGrid, map_to_tokens, tokens_to_map
+from tokenconv.layers.base import GridModule
+
+
+class GridConv(GridModule):
+    """``nn.Conv2d`` on tokens ``(B, N, C)``, stride 1, zero padding that keeps the size.
+
+    Prefix tokens are convolved as images of one pixel: the centre of the kernel acts on them, and
+    the bias. Parameters: ``out_dim * dim/groups * K*K``, plus ``out_dim`` with bias; initialised as
+    ``nn.Conv2d``, with its keys.
+
+    Args:
+        dim: Channels C.
+        out_dim: Channels that come out.
+        kernel_size: Odd kernel side K.
+        groups: Blocks of channels that do not see each other.
+        bias: Learn one offset per channel that comes out.
+
+    Raises:
+        ValueError: If the kernel is even, or ``groups`` does not divide both widths.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, kernel_size: int = 3, *, groups: int = 1, bias: bool = True
+    ):
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
+        if min(dim, out_dim, groups) < 1 or dim % groups or out_dim % groups:
+            raise ValueError(f"expected groups to divide {dim=} and {out_dim=}, got {groups=}")
+        self.dim = dim
+        self.out_dim = out_dim
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_dim, dim // groups, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv2d`` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def init_centre_(self) -> None:
+        """Make it the identity, as far as the widths permit."""
+        nn.init.dirac_(self.weight, self.groups)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        """Convolve the tokens; see ``GridModule``."""
+        known = TokenGrid.of(*grid)
+        call: Any = {"padding": self.weight.shape[-1] // 2, "groups": self.groups}
+        fmap = F.conv2d(tokens_to_map(x, known), self.weight, self.bias, **call)
+        if not known.num_prefix_tokens:
+            return map_to_tokens(fmap)
+        centre = self.weight.shape[-1] // 2
+        prefix = x[:, : known.num_prefix_tokens].transpose(1, 2)
+        point = self.weight[:, :, centre, centre, None]
+        out = F.conv1d(prefix, point, self.bias, groups=self.groups).transpose(1, 2)
+        return map_to_tokens(fmap, out)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return (
+            f"{self.dim}, {self.out_dim}, kernel_size={self.weight.shape[-1]}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
