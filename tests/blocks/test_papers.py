@@ -448,3 +448,57 @@ def test_blocks_that_take_means_refuse_missing_tokens(name):
     grid = tc.SparseGrid(torch.tensor([[[0, 0], [1, 1]]]))
     with pytest.raises(tc.GridError, match="fill one grid, got a SparseGrid"):
         build(name)(tokens(1, 2)[:1], grid)
+
+
+# --- folding ---
+
+WITH_NORMS = {
+    "leff": {"fc1", "dwconv", "fc2"},
+    "irffn": {"fc2"},
+    "localvit_ffn": {"fc1", "dwconv", "fc2"},
+    "efficientformerv2_ffn": {"fc1", "fc2"},
+    "fastvit_ffn": {"fc1"},
+    "replknet_ffn": {"fc1", "fc2"},
+    "unireplknet_ffn": {"fc2"},
+}
+"""Layers that take a norm; a convolution does not where prefix tokens skip it alone."""
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("name", WITH_NORMS)
+def test_folded_is_equal(name, dtype, tolerance, prefix):
+    block = build(name).to(dtype).eval()
+    grid = tc.TokenGrid((3, 5), prefix)
+    x = tokens(3, 5, prefix=prefix).to(dtype)
+    before, values = block(x, grid), {k: v.clone() for k, v in block.state_dict().items()}
+    norms = sum(isinstance(m, nn.BatchNorm1d) for m in block.modules())
+    assert block.fold_()
+    after = block(x, grid)
+    assert (after - before).abs().max() <= tolerance * before.abs().max()
+    changed = {
+        key.rpartition(".")[0].rpartition(".")[2]
+        for key, value in block.state_dict().items()
+        if key.endswith("weight") and not torch.equal(value, values[key])
+    }
+    assert WITH_NORMS[name] <= changed
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in block.modules()) < norms
+    assert not block.fold_()
+
+
+def test_a_block_without_norms_has_nothing_to_fold():
+    assert not build("uformer_leff").eval().fold_()
+    assert build("shunted_ffn").eval().fold_()  # its convolution takes the shortcut
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [(lambda b: b.train(), "call eval"), (lambda b: b.eval().half(), "fewer than 32 bits")],
+)
+def test_folding_is_refused_where_it_is_not_exact(prepare, message):
+    block = prepare(build("leff"))
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        block.fold_()
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+    assert block.state_dict().keys() == before.keys()

@@ -6,13 +6,14 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokenconv.grid import AnyGrid, Grid, grid_of
-from tokenconv.layers import DWConv, GridModule
+from tokenconv.layers import BatchNorm, DWConv, GridModule
 
 Steps = Mapping[str, nn.Module | None]
 """Modules by name, in their order; None is left out."""
@@ -59,6 +60,39 @@ class Chain(GridModule):
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
 
+    def fold_(self) -> bool:
+        """Fold norms into the layers beside them, in place, for inference.
+
+        A ``BatchNorm`` goes into the linear layer in front of it or behind it, or into the
+        convolution in front of it, if prefix tokens, which skip that, do not meet the norm; its
+        keys go with it. What is inside the steps is folded as well. Equal in real arithmetic.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            ValueError: In training mode, or if values are stored in fewer than 32 bits.
+        """
+        if self.training:
+            raise ValueError("it is in training mode: call eval() first")
+        if any(p.dtype not in (torch.float32, torch.float64) for p in self.parameters()):
+            raise ValueError("it has weights of fewer than 32 bits, which folding would round anew")
+        steps: Any = self._modules
+        folded = [step.fold_() for step in steps.values() if hasattr(step, "fold_")]
+        before = len(steps)
+        for name, following in list(pairwise(steps)):
+            one, other = steps.get(name), steps.get(following)
+            takes = isinstance(one, nn.Linear) or (
+                isinstance(one, DWConv) and not one.residual and self.prefix_tokens != "take part"
+            )
+            if takes and isinstance(other, BatchNorm):
+                _norm_behind_(one, other)
+                del steps[following]
+            elif isinstance(one, BatchNorm) and isinstance(other, nn.Linear):
+                _norm_in_front_(one, other)
+                del steps[name]
+        return any(folded) or len(steps) < before
+
 
 class Shortcut(Chain):
     """``x`` plus what the steps make of it."""
@@ -87,6 +121,39 @@ def branch_of(block: Callable[..., Chain], **fixed: Any) -> Callable[..., Chain]
         return branch
 
     return build
+
+
+# --- a norm becomes part of the layer beside it ---
+
+
+def _line(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Slope and offset of a norm in evaluation mode."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    slope = norm.weight / (var + norm.eps).sqrt()
+    return slope, norm.bias - mean * slope
+
+
+def _norm_behind_(layer: nn.Linear | DWConv, norm: BatchNorm) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        slope, offset = _line(norm)
+        bias = offset if layer.bias is None else layer.bias * slope + offset
+        weight = layer.weight * slope.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    _replace_(layer, weight, bias)
+
+
+def _norm_in_front_(norm: BatchNorm, layer: nn.Linear) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        slope, offset = _line(norm)
+        bias = layer.weight @ offset if layer.bias is None else layer(offset)
+    _replace_(layer, layer.weight.detach() * slope.detach(), bias)
+
+
+def _replace_(layer: nn.Linear | DWConv, weight: Tensor, bias: Tensor) -> None:
+    needs_grad = layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight, requires_grad=needs_grad)
+    layer.bias = nn.Parameter(bias, requires_grad=needs_grad)
 
 
 # --- how the papers' code starts its weights; norms start from one and zero everywhere ---

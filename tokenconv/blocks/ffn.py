@@ -343,7 +343,7 @@ class LocalityFFN(FeedForward):
             "fc2": parts.project(bias=False),
             "norm3": BatchNorm(parts.dim),
         }
-        return {"branch": Shortcut(**branch)} if residual else branch
+        return {"branch": Local(**branch)} if residual else branch
 
     def reset_parameters(self) -> None:
         """Convolutions of the paper's code as in torch, those of SE from a truncated normal."""

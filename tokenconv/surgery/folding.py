@@ -66,8 +66,11 @@ def fold_(model: nn.Module) -> FoldReport:
     - A kernel that was added to a convolution of the model is added once, and not in every forward
       pass.
 
-    No key of the state dict changes. A kernel of the first kind has its folded value there, marked
-    in the metadata of the state dict, so that ``load_state_dict`` refuses to mix models before and
+    - A BatchNorm inside a block becomes part of the linear layer or convolution beside it, and its
+      keys are gone.
+
+    No other key of the state dict changes. A kernel of the first kind has its folded value there,
+    marked in the metadata of the state dict, so that ``load_state_dict`` refuses to mix models before and
     after folding (a copy without metadata, as in safetensors, cannot be told apart: save before
     folding). Kernels of the second kind keep the values that they have: loading others brings the
     sum up to date, ``model.train()`` drops it, and a change by hand in evaluation mode is not seen.
