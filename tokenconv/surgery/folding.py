@@ -65,16 +65,16 @@ def fold_(model: nn.Module) -> FoldReport:
       should the model be converted to them, or run under autocast, afterwards.
     - A kernel that was added to a convolution of the model is added once, and not in every forward
       pass.
-
     - A BatchNorm inside a block becomes part of the linear layer or convolution beside it, and its
       keys are gone.
 
     No other key of the state dict changes. A kernel of the first kind has its folded value there,
-    marked in the metadata of the state dict, so that ``load_state_dict`` refuses to mix models before and
-    after folding (a copy without metadata, as in safetensors, cannot be told apart: save before
-    folding). Kernels of the second kind keep the values that they have: loading others brings the
-    sum up to date, ``model.train()`` drops it, and a change by hand in evaluation mode is not seen.
-    The model's own parameters are not touched, and ``remove_`` gives the model back as before.
+    marked in the metadata of the state dict, so that ``load_state_dict`` refuses to mix models
+    before and after folding (a copy without metadata, as in safetensors, cannot be told apart: save
+    before folding). Kernels of the second kind keep the values that they have: loading others
+    brings the sum up to date, ``model.train()`` drops it, and a change by hand in evaluation mode
+    is not seen. The model's own parameters are not touched, and ``remove_`` gives the model back as
+    before.
 
     Args:
         model: A model that ``insert_`` has changed, in evaluation mode.
