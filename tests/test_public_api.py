@@ -10,10 +10,11 @@ import tokenconv as tc
 
 PUBLIC = [
     "BLOCKS", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv", "GridError",
-    "Impl", "MeasurementError", "MixFFN", "Plan", "SeparableConv", "SparseGrid", "SurgeryError",
-    "TokenConvError", "TokenGrid", "UnknownNameError", "compare", "cost", "create_block",
-    "depthwise_conv", "fold_", "freeze_grid_", "insert_", "keep_tokens", "list_blocks", "load_",
-    "map_to_tokens", "param_groups", "plan", "remove_", "save", "tokens_to_map", "trainable_",
+    "Impl", "MeasurementError", "MixFFN", "MultiGrid", "Plan", "SeparableConv", "SparseGrid",
+    "SurgeryError", "TokenConvError", "TokenGrid", "UnknownNameError", "compare", "cost",
+    "create_block", "depthwise_conv", "fold_", "freeze_grid_", "insert_", "keep_tokens",
+    "list_blocks", "load_", "map_to_tokens", "param_groups", "plan", "remove_", "save",
+    "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

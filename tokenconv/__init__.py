@@ -16,7 +16,7 @@ from tokenconv.errors import (
     TokenConvError,
     UnknownNameError,
 )
-from tokenconv.grid import SparseGrid, TokenGrid, map_to_tokens, tokens_to_map
+from tokenconv.grid import MultiGrid, SparseGrid, TokenGrid, map_to_tokens, tokens_to_map
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
@@ -49,6 +49,7 @@ __all__ = [
     "Impl",
     "MeasurementError",
     "MixFFN",
+    "MultiGrid",
     "Plan",
     "SeparableConv",
     "SparseGrid",
