@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.models import create_feature_extractor
 from torch import nn
 
 import tokenconv as tc
@@ -38,6 +39,20 @@ def test_insertion_is_exact_and_undone(case, plain, block, site, disturb_):
         assert torch.equal(tc.insert_(model, made)(images), before)
         assert not torch.equal(disturb_(model)(images), before)
         assert torch.equal(tc.remove_(model)(images), before)
+
+
+@pytest.mark.parametrize(("block", "site"), ROWS)
+def test_traced_by_fx(case, plain, block, site, disturb_):
+    model = tc.insert_(plain, block, site=site, input_size=(3, *case.size), allow_change=True)
+    disturb_(model).eval()
+    images = case.images()
+    with torch.no_grad():
+        expected = model.forward_features(images)
+        if site == "merge_conv":
+            expected = expected.mean((2, 3))
+        node = "norm" if site != "merge_conv" else "mean"
+        extracted = create_feature_extractor(model, [node])(images)[node]
+        torch.testing.assert_close(extracted, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("block", "site"), EXACT)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps, init_torch_
-from tokenconv.grid import AnyGrid, Grid, grid_of
+from tokenconv.grid import AnyGrid, Grid
 from tokenconv.layers import DWConv, GridConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -251,8 +251,7 @@ class _Mean(GridModule):
         self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
-        known = grid_of(*grid)
-        return torch.stack([conv(x, known) for conv in self.convs]).mean(0)
+        return torch.stack([conv(x, *grid) for conv in self.convs]).mean(0)
 
 
 class RepAdapter(Adapter):

@@ -38,14 +38,10 @@ class Chain(GridModule):
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """See ``GridModule``."""
         known = grid_of(*grid)
-        num_prefix_tokens = known.num_prefix_tokens
-        if self.prefix_tokens == "take part" or not num_prefix_tokens:
+        if self.prefix_tokens == "take part":
             return self.run(x, known)
-        known.check(x)
-        prefix, rest = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-        out = self.run(rest, replace(known, num_prefix_tokens=0))
-        first = prefix if self.prefix_tokens == "pass" else torch.zeros_like(prefix)
-        return torch.cat([first.to(out.dtype), out], dim=1)
+        parts = _split(x, known)
+        return _join(parts[0], self.run(parts[1], parts[2]), self.prefix_tokens)
 
     def run(self, x: Tensor, grid: AnyGrid) -> Tensor:
         """Run the steps."""
@@ -92,6 +88,26 @@ class Chain(GridModule):
                 _norm_in_front_(one, other)
                 del steps[name]
         return any(folded) or len(steps) < before
+
+
+def _split(x: Tensor, grid: AnyGrid) -> tuple[Tensor, Tensor, AnyGrid]:
+    """Prefix tokens, the others, and the grid of these."""
+    count = grid.num_prefix_tokens
+    if not count:
+        return x[:, :0], x, grid
+    grid.check(x)
+    return x[:, :count], x[:, count:], replace(grid, num_prefix_tokens=0)
+
+
+def _join(prefix: Tensor, rest: Tensor, policy: str) -> Tensor:
+    if not prefix.shape[1]:
+        return rest
+    first = prefix if policy == "pass" else torch.zeros_like(prefix)
+    return torch.cat([first.to(rest.dtype), rest], dim=1)
+
+
+for _checks in ("grid_of", "_split", "_join"):  # which cannot be traced symbolically
+    torch.fx.wrap(_checks)
 
 
 class Shortcut(Chain):

@@ -27,9 +27,10 @@ class Gate(GridModule):
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Half the channels of tokens ``(B, N, 2*h)``."""
+        halves = x.chunk(2, dim=-1)
         outs = [
-            part(half, *grid) if isinstance(part, GridModule) else part(half)
-            for half, part in zip(x.chunk(2, dim=-1), (self.gate, self.value), strict=True)
+            part(halves[i], *grid) if isinstance(part, GridModule) else part(halves[i])
+            for i, part in enumerate((self.gate, self.value))
         ]
         return outs[0] * outs[1]
 

@@ -20,6 +20,9 @@ class BatchNorm(nn.BatchNorm1d):
     they are not kept away from it, count like others.
     """
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Nothing: it could not be traced symbolically."""
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise every channel."""
         return super().forward(input.flatten(0, 1)).view(input.shape)
@@ -118,3 +121,6 @@ def _on_grid(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
     known = TokenGrid.of(*grid)
     known.check(x)
     return x[:, known.num_prefix_tokens :]
+
+
+torch.fx.wrap("_on_grid")  # its check cannot be traced symbolically

@@ -4,7 +4,6 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,16 +61,7 @@ class GridConv(GridModule):
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Convolve the tokens; see ``GridModule``."""
-        known = TokenGrid.of(*grid)
-        call: Any = {"padding": self.weight.shape[-1] // 2, "groups": self.groups}
-        fmap = F.conv2d(tokens_to_map(x, known), self.weight, self.bias, **call)
-        if not known.num_prefix_tokens:
-            return map_to_tokens(fmap)
-        centre = self.weight.shape[-1] // 2
-        prefix = x[:, : known.num_prefix_tokens].transpose(1, 2)
-        point = self.weight[:, :, centre, centre, None]
-        out = F.conv1d(prefix, point, self.bias, groups=self.groups).transpose(1, 2)
-        return map_to_tokens(fmap, out)
+        return _convolve(x, self.weight, self.bias, grid, self.groups)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -79,3 +69,20 @@ class GridConv(GridModule):
             f"{self.dim}, {self.out_dim}, kernel_size={self.weight.shape[-1]}, "
             f"groups={self.groups}, bias={self.bias is not None}"
         )
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[Grid, ...], groups: int
+) -> Tensor:
+    """One fx node: the checks in it cannot be traced symbolically."""
+    known = TokenGrid.of(*grid)
+    centre = weight.shape[-1] // 2
+    fmap = F.conv2d(tokens_to_map(x, known), weight, bias, padding=centre, groups=groups)
+    if not known.num_prefix_tokens:
+        return map_to_tokens(fmap)
+    prefix = x[:, : known.num_prefix_tokens].transpose(1, 2)
+    out = F.conv1d(prefix, weight[:, :, centre, centre, None], bias, groups=groups)
+    return map_to_tokens(fmap, out.transpose(1, 2))
+
+
+torch.fx.wrap("_convolve")

@@ -11,7 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from tokenconv.blocks.registry import block_info
 from tokenconv.errors import SurgeryError
 from tokenconv.layers import DWConv
-from tokenconv.surgery.binding import GridBinding, NoteGrid, can_capture, capture, release
+from tokenconv.surgery.binding import (
+    GridBinding,
+    NoteGrid,
+    become,
+    can_capture,
+    capture,
+    release,
+)
 from tokenconv.surgery.dropping import watch_dropout
 from tokenconv.surgery.fragments import (
     AroundAct,
@@ -19,6 +26,7 @@ from tokenconv.surgery.fragments import (
     RemovedConv,
     ReplacedAttention,
     Replacement,
+    SparingLayerScale,
     attach,
 )
 from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout, MaskUnits
@@ -144,7 +152,7 @@ def carry_out(model: nn.Module, edits: Sequence[Edit], plan: Any = None) -> None
     vars(model)["_tokenconv"] = insertion
     try:
         for edit, block in zip(edits, blocks, strict=True):
-            _place(model, edit, block, _layout(model, edit.place, binding), insertion)
+            _place(model, edit, block, binding, insertion)
         _bind(model, [edit.place for edit in edits], binding, insertion)
         insertion.handles.append(model.register_load_state_dict_pre_hook(_accept_plain_checkpoint))
     except BaseException:
@@ -180,8 +188,13 @@ def _layout(model: nn.Module, place: Place, binding: GridBinding) -> Layout:
 
 
 def _place(
-    model: nn.Module, edit: Edit, block: nn.Module | None, layout: Layout, insertion: Insertion
+    model: nn.Module,
+    edit: Edit,
+    block: nn.Module | None,
+    binding: GridBinding,
+    insertion: Insertion,
 ) -> None:
+    layout = _layout(model, edit.place, binding)
     name = edit.place.host
     host = model.get_submodule(name)
     if edit.site == "remove_conv":
@@ -206,7 +219,10 @@ def _place(
         if hasattr(host, position):
             raise SurgeryError(f"{name} has an attribute {position!r} already")
         insertion.attached.append((host, position))
-        insertion.handles.append(attach(host, position, block, layout))
+        scale = edit.place.layer_scale
+        insertion.handles.append(attach(host, position, block, layout, scaled=scale is not None))
+        if scale is not None:
+            become(SparingLayerScale, model.get_submodule(scale), binding)
 
 
 def _activation(host: nn.Module) -> nn.Module:

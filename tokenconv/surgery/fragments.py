@@ -9,10 +9,12 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenconv.layers import DWConv
+from tokenconv.surgery.binding import Captured
 from tokenconv.surgery.layouts import Layout
 
 
@@ -50,12 +52,39 @@ class Beside(Hook):
         return out + branch.to(out.dtype)
 
 
-def attach(host: nn.Module, position: str, block: nn.Module, layout: Layout) -> RemovableHandle:
-    """Let ``block`` run ``before``, ``after`` or ``beside`` a module, as its child of that name."""
+class BesideScaled(Hook):
+    """Forward hook: ``module(x)`` and ``block(x)`` as one tensor, for ``SparingLayerScale``."""
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Both, one behind the other in the channels."""
+        branch = self.layout.call(host.beside, args[0])  # pyright: ignore[reportArgumentType]
+        return torch.cat([out, branch.to(out.dtype)], dim=-1)
+
+
+class SparingLayerScale(Captured, LayerScale):
+    """A LayerScale that scales what the model's own module returned, and not what is beside it."""
+
+    _plain = LayerScale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``gamma * own + branch``, of ``own`` and ``branch`` in one tensor."""
+        own, branch = x.chunk(2, dim=-1)
+        return super().forward(own) + branch
+
+
+def attach(
+    host: nn.Module, position: str, block: nn.Module, layout: Layout, *, scaled: bool = False
+) -> RemovableHandle:
+    """Let ``block`` run ``before``, ``after`` or ``beside`` a module, as its child of that name.
+
+    Where what the module returns is ``scaled``, the block beside it must be spared.
+    """
     host.add_module(position, block)
     if position == "before":
         return host.register_forward_pre_hook(Before(layout))
-    return host.register_forward_hook(After(layout) if position == "after" else Beside(layout))
+    if position == "after":
+        return host.register_forward_hook(After(layout))
+    return host.register_forward_hook(BesideScaled(layout) if scaled else Beside(layout))
 
 
 class Replacement(nn.Module):

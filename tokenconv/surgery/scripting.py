@@ -180,6 +180,10 @@ def _hooked(host: nn.Module) -> bool:
 
 def _check_blocks(model: nn.Module, insertion: Insertion) -> None:
     for edit in insertion.plan.edits:
+        if edit.place.layer_scale:
+            raise SurgeryError(
+                f"{edit.inserted} cannot be scripted: it is spared by the LayerScale of the model"
+            )
         if edit.place.rolled is not None:
             raise SurgeryError(
                 f"{edit.place.host} cannot be scripted: its tokens are in the order of mask units"

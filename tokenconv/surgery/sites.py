@@ -6,9 +6,10 @@ site of every block is either a list of places or the reason why there is none.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from tokenconv.costs import meta_copy, run_meta
@@ -53,6 +54,8 @@ class Place:
     num_prefix_tokens: int = 0
     rolled: int | None = None
     """Index of the Hiera block in whose order the tokens lie."""
+    layer_scale: str | None = None
+    """Name of the LayerScale that takes what the module returns, for what stands beside it."""
 
 
 @dataclass
@@ -122,7 +125,8 @@ def survey(
             f"tokens"
         )
     size = input_size or _input_size(meta, family, otherwise)
-    sizes, seen = _run(meta, family, size, {name for _, _, name in hosts})
+    scales = {name for name, module in meta.named_modules() if type(module) is LayerScale}
+    sizes, seen = _run(meta, family, size, {name for _, _, name in hosts} | scales)
     blocks: dict[str, BlockSites] = {}
     look = _Look(meta, family, sizes, seen)
     prefix = f"{root}." if root else ""
@@ -314,7 +318,18 @@ class _Look:
             record.returns_more or not isinstance(gave, Tensor) or gave.shape != x.shape
         ):
             raise SurgeryError(f"{name} does not return tokens of the shape that it is given")
-        return self._lay(block, kind, name, site, x, prefix)
+        place = self._lay(block, kind, name, site, x, prefix)
+        if site.startswith("beside_") and (scale := self._layer_scale(record)):
+            return replace(place, layer_scale=prefix + scale)
+        return place
+
+    def _layer_scale(self, record: _Seen) -> str | None:
+        """The LayerScale that is given what a module returned."""
+        for name, seen in self.seen.items():
+            module = self.model.get_submodule(name)
+            if type(module) is LayerScale and seen.calls == 1 and seen.given is record.gave:
+                return name
+        return None
 
     def _lay(self, block: str, kind: str, name: str, site: str, x: Tensor, prefix: str) -> Place:
         shape = tuple(x.shape)
