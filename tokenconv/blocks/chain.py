@@ -124,21 +124,6 @@ class Local(Shortcut):
     prefix_tokens = "pass"
 
 
-def branch_of(block: Callable[..., Chain], **fixed: Any) -> Callable[..., Chain]:
-    """What a block adds beside an MLP: itself, without its residual.
-
-    Prefix tokens that it passes get nothing from it.
-    """
-
-    def build(dim: int, **kwargs: Any) -> Chain:
-        branch = block(dim, **{**fixed, **kwargs})
-        if branch.prefix_tokens == "pass":
-            branch.prefix_tokens = "vanish"
-        return branch
-
-    return build
-
-
 # --- a norm becomes part of the layer beside it ---
 
 

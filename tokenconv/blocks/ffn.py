@@ -7,14 +7,11 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, h hidden width, 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import (
-    Chain,
     Local,
     Shortcut,
     Steps,
@@ -24,107 +21,16 @@ from tokenconv.blocks.chain import (
     init_torch_,
     init_truncated_,
 )
+from tokenconv.blocks.feed_forward import FeedForward, Parts
 from tokenconv.errors import GridError, UnknownNameError
 from tokenconv.grid import AnyGrid, Grid, MultiGrid, TokenGrid, grid_of
 from tokenconv.layers import (
     BatchNorm,
-    DWConv,
     EfficientChannelAttention,
     GlobalResponseNorm,
     SeparableConv,
     SqueezeExcite,
 )
-from tokenconv.ops.depthwise_conv import Impl
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What the steps of a feed-forward are made of."""
-
-    dim: int
-    hidden_dim: int
-    kernel_size: int
-    act: Callable[[], nn.Module]
-    drop_prob: float
-    impl: Impl | str | None
-
-    def expand(self, times: int = 1, *, bias: bool = True) -> nn.Linear:
-        """The linear layer that comes first, to ``times`` the hidden width."""
-        return nn.Linear(self.dim, times * self.hidden_dim, bias=bias)
-
-    def project(self, *, bias: bool = True) -> nn.Linear:
-        """The linear layer that comes last."""
-        return nn.Linear(self.hidden_dim, self.dim, bias=bias)
-
-    def conv(self, dim: int | None = None, **kwargs: Any) -> DWConv:
-        """The depthwise convolution, at the hidden width if no other is said."""
-        return DWConv(dim or self.hidden_dim, self.kernel_size, impl=self.impl, **kwargs)
-
-    def drop(self) -> nn.Dropout:
-        """Dropout."""
-        return nn.Dropout(self.drop_prob)
-
-
-class FeedForward(Chain):
-    """Common to all feed-forwards: what their steps are made of.
-
-    Args:
-        dim: Channels C, in and out.
-        mlp_ratio: Hidden width over ``dim``, rounded down; None takes that of the paper.
-        kernel_size: Odd kernel side K; None takes that of the paper.
-        act_layer: Makes the activation.
-        drop: Dropout probability, at the places of the paper.
-        impl: Implementation of the convolution, see ``Impl``; None chooses.
-        **own: Arguments that only one paper has.
-
-    Raises:
-        ValueError: If the kernel is even, or ``dim`` or the hidden width is not positive.
-        TypeError: If the block has no such argument.
-    """
-
-    mlp_ratio: ClassVar[float] = 4.0
-    kernel_size: ClassVar[int] = 3
-    init: ClassVar[Callable[[nn.Module], None]] = staticmethod(init_torch_)
-    """How the paper's code starts the weights."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mlp_ratio: float | None = None,
-        kernel_size: int | None = None,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        drop: float = 0.0,
-        impl: Impl | str | None = None,
-        **own: Any,
-    ):
-        ratio = self.mlp_ratio if mlp_ratio is None else mlp_ratio
-        hidden_dim = self.hidden_dim_of(dim, ratio)
-        if dim < 1 or hidden_dim < 1:
-            raise ValueError(f"expected a positive dim and hidden width, got {dim=}, {hidden_dim=}")
-        parts = Parts(
-            dim=dim,
-            hidden_dim=hidden_dim,
-            kernel_size=self.kernel_size if kernel_size is None else kernel_size,
-            act=act_layer,
-            drop_prob=drop,
-            impl=impl,
-        )
-        super().__init__(**self.steps(parts, **own))
-        self.reset_parameters()
-
-    @staticmethod
-    def hidden_dim_of(dim: int, mlp_ratio: float) -> int:
-        """The hidden width."""
-        return int(dim * mlp_ratio)
-
-    def steps(self, parts: Parts) -> Steps:
-        """The paper's steps, in their order."""
-        raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Initialise as the paper's code does."""
-        type(self).init(self)
 
 
 class MixFFN(FeedForward):
@@ -582,7 +488,7 @@ class ConvMLP(FeedForward):
                 nn.init.trunc_normal_(part.weight, std=0.02)
 
 
-class MultiScaleFFN(FeedForward):
+class MultiScaleFFN(MixFFN):
     """ViT-Adapter's feed-forward: ``MixFFN`` on three maps in one sequence, with one kernel.
 
     Called with the size ``(H, W)`` of the middle map, on tokens of a map of ``(2H, 2W)``, one of
@@ -599,17 +505,6 @@ class MultiScaleFFN(FeedForward):
 
     mlp_ratio = 0.25
     init = staticmethod(init_linears_)
-
-    def steps(self, parts: Parts) -> Steps:
-        """See the class."""
-        return {
-            "fc1": parts.expand(),
-            "dwconv": parts.conv(),
-            "act": parts.act(),
-            "drop1": parts.drop(),
-            "fc2": parts.project(),
-            "drop2": parts.drop(),
-        }
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Run the feed-forward on tokens ``(B, P + 21*H*W/4, C)``."""
@@ -660,37 +555,3 @@ class SeparableFFN(FeedForward):
         """Run both branches."""
         fc1, act, drop, fc2, conv = self._modules.values()
         return drop(fc2(drop(act(fc1(x)))) + conv(x, grid))  # pyright: ignore[reportOptionalCall]
-
-
-# --- what surgery puts into a model that has an MLP ---
-
-
-def conv_around_activation(
-    dim: int,
-    *,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    bias: bool = True,
-    impl: Impl | str | None = None,
-) -> DWConv:
-    """What ``mix_ffn`` adds before or after the activation of an MLP: ``x + conv(x)``."""
-    return DWConv(dim, kernel_size, dilation=dilation, bias=bias, residual=True, impl=impl)
-
-
-def second_kernel(
-    dim: int, *, kernel_size: int = 3, dilation: int = 1, bias: bool = True
-) -> DWConv:
-    """What ``mix_ffn`` adds to an MLP with a convolution: a kernel beside the one it has."""
-    return DWConv(dim, kernel_size, dilation=dilation, bias=bias)
-
-
-def separable_branch(
-    dim: int,
-    *,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    bias: bool = True,
-    impl: Impl | str | None = None,
-) -> SeparableConv:
-    """What ``separable_ffn`` puts beside an MLP or attention, or in place of attention."""
-    return SeparableConv(dim, kernel_size, dilation=dilation, bias=bias, impl=impl)

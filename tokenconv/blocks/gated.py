@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Chain, Shortcut, Steps, init_pvt_, init_truncated_
-from tokenconv.blocks.ffn import FeedForward, Parts
+from tokenconv.blocks.feed_forward import FeedForward, Parts
 from tokenconv.grid import Grid
 from tokenconv.layers import DWConv, GridModule
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokenconv.blocks.adapters import AdaptFormer, ConvAdapter, Convpass, Mona, RepAdapter
-from tokenconv.blocks.chain import branch_of
+from tokenconv.blocks.feed_forward import FeedForward
 from tokenconv.blocks.ffn import (
     IRFFN,
     RMTFFN,
@@ -17,7 +17,6 @@ from tokenconv.blocks.ffn import (
     ConvMLP,
     EfficientFormerV2FFN,
     FastViTFFN,
-    FeedForward,
     LeFF,
     LocalityFFN,
     MixFFN,
@@ -28,6 +27,9 @@ from tokenconv.blocks.ffn import (
     ShuntedFFN,
     UformerLeFF,
     UniRepLKNetFFN,
+)
+from tokenconv.blocks.fragments import (
+    branch_of,
     conv_around_activation,
     second_kernel,
     separable_branch,
