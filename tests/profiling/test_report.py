@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenconv import MeasurementError
 from tokenconv.profiling import Arm, Comparison, Measured, Spread, report_folder, write_report
 from tokenconv.profiling.measurement import Mode
+from tokenconv.profiling.report.figure import write_figure
 from tokenconv.profiling.report.markdown import to_markdown
 from tokenconv.profiling.traces import Category
 
@@ -234,6 +236,29 @@ def test_figure_grows_with_modes_and_arms(tmp_path: Path, folder: Path):
         write_report(comparison, tmp_path / name, about=ABOUT)
         heights.append(picture_size(tmp_path / name / "compare.png")[1])
     assert heights[0] < picture_size(folder / "compare.png")[1] < heights[1]
+
+
+def test_whiskers_and_labels_stay_inside_however_wide_the_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    comparison = made_up()
+    for each in comparison.arms:
+        for measured in each.modes.values():
+            ms = measured.latency_ms.median
+            object.__setattr__(measured, "latency_ms", Spread(ms, 2 * ms, 0.5 * ms, 2.5 * ms))
+    write_figure(comparison, "noisy", tmp_path / "compare.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    latency = figure.axes[0]
+    inside = latency.get_window_extent()
+    assert latency.get_xlim()[1] > max(a.modes["infer"].latency_ms.q75 for a in comparison.arms)
+    labels = [text for text in latency.texts if text.get_text()]
+    assert len(labels) == len(comparison.arms)
+    for label in labels:
+        assert label.get_visible()
+        assert label.get_window_extent().x0 < inside.x1
 
 
 # --- the folder ---

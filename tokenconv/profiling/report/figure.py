@@ -74,7 +74,10 @@ def _bars(
         for value, ratio, base in zip(values, ratios, is_baseline, strict=True)
     ]
     ax.bar_label(bars, labels, padding=6, fontsize=9)
-    ax.set_xlim(right=1.45 * max(values))
+    ends = (
+        [v + upper for v, upper in zip(values, quartiles[1], strict=True)] if quartiles else values
+    )
+    ax.set_xlim(right=1.45 * max(ends))  # room for the label behind bar and whisker
     ax.set_title(title, fontsize=10, loc="left")
     _tidy(ax)
 
