@@ -1,11 +1,15 @@
 """Adapters against references written here from the published facts, image by image on maps."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
 import tokenconv as tc
+from tokenconv.blocks.adapters import conv_lora_loss
 from tokenconv.layers import GridConv
 
 DIM, ROWS, COLS, PREFIX = 16, 3, 5, 2
@@ -68,12 +72,35 @@ def adaptformer(x, p, scale=0.1):
     return scale * linear(F.relu(linear(x, p, "down")), p, "up")
 
 
+def conv_lora(x, p):
+    y = F.linear(x, p["down.weight"])
+    fmap = y[:, PREFIX:].transpose(1, 2).unflatten(2, (ROWS, COLS))
+    key = "local.experts.body.mixture"
+    chosen = (fmap.mean((2, 3)) @ p[f"{key}.w_gate"]).argmax(1)
+    assert len(chosen.unique()) > 1
+    rows = []
+    for image, i in zip(fmap, chosen.tolist(), strict=True):
+        large = image[None]
+        if i:
+            large = F.interpolate(large, scale_factor=i + 1, mode="bicubic", align_corners=False)
+        weights = [p[f"{key}.experts.{i}.0.{name}"] for name in ("weight", "bias")]
+        out = F.gelu(F.conv2d(large, *weights, padding=1))
+        if i:
+            out = F.interpolate(out, size=(ROWS, COLS), mode="bicubic", align_corners=False)
+        rows.append((image + out[0]).flatten(1).T)
+    y = torch.cat([y[:, :PREFIX], torch.stack(rows)], dim=1)
+    return 32 / 3 * F.linear(y, p["up.weight"])
+
+
 PAPERS = {
     "convpass": ("convpass", {}, convpass),
     "convpass scaled": ("convpass", {"scale": 10.0, "width": 4},
                         lambda x, p: convpass(x, p, scale=10.0)),
     "conv_adapter": ("conv_adapter", {}, conv_adapter),
     "conv_adapter 7x7": ("conv_adapter", {"kernel_size": 7, "width": 4}, conv_adapter),
+    "conv_lora": ("conv_lora", {}, conv_lora),
+    "conv_lora wide": ("conv_lora", {"width": 4, "scale": 32 / 3, "num_experts": 6,
+                                     "out_dim": 2 * DIM}, conv_lora),
     "mona": ("mona", {"width": 6}, mona),
     "rep_adapter": ("rep_adapter", {}, rep_adapter),
     "rep_adapter scaled": ("rep_adapter", {"scale": 3.0},
@@ -92,7 +119,7 @@ def build(name, **kwargs):
 
 @pytest.mark.parametrize(("name", "kwargs", "paper"), PAPERS.values(), ids=PAPERS.keys())
 def test_adapter_is_that_of_its_paper(name, kwargs, paper):
-    block = build(name, **kwargs)
+    block = build(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, PREFIX + ROWS * COLS, DIM, generator=generator, dtype=torch.float64)
     x.requires_grad_()
@@ -101,7 +128,9 @@ def test_adapter_is_that_of_its_paper(name, kwargs, paper):
         block(x, tc.TokenGrid((ROWS, COLS), PREFIX)),
         paper(x, dict(block.named_parameters())),
     ):
-        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *block.parameters()])])
+        inputs = [x, *block.parameters()]
+        grads = torch.autograd.grad(out.sin().sum(), inputs, materialize_grads=True)
+        results.append([out, *grads])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -111,6 +140,8 @@ def test_adapter_is_that_of_its_paper(name, kwargs, paper):
     [
         ("convpass", {}, 13_648),
         ("conv_adapter", {}, 768 * 9 + 96 + 96 * 768 + 768 + 768),
+        ("conv_lora", {}, 5_328),
+        ("conv_lora", {"out_dim": 3 * 768}, 9_936),
         ("mona", {}, 2 * 768 * 64 + 64 + 768 + 4 * 768 + 86 * 64 + 64 * 64 + 64),
         ("rep_adapter", {}, 768 * 8 + 8 + 768 * 4 + 768),
         ("adaptformer", {}, 2 * 768 * 64 + 64 + 768),
@@ -129,7 +160,7 @@ def test_convpass_in_a_vit_has_the_published_count():
     assert (attention + tc.plan(vit, "convpass", site="beside_mlp")).added_params == 327_552
 
 
-@pytest.mark.parametrize("name", ["convpass", "rep_adapter", "adaptformer"])
+@pytest.mark.parametrize("name", ["convpass", "conv_lora", "rep_adapter", "adaptformer"])
 def test_starts_as_the_identity_where_the_paper_does(name):
     block = tc.create_block(name, dim=DIM).eval()
     x = torch.randn(2, ROWS * COLS, DIM)
@@ -159,6 +190,70 @@ def test_mona_starts_its_gates_as_the_paper():
     norm = tc.create_block("mona", dim=DIM).norm
     assert torch.equal(norm.gamma, torch.full((DIM,), 1e-6))
     assert torch.equal(norm.gammax, torch.ones(DIM))
+
+
+# --- the mixture of Conv-LoRA ---
+
+
+def literal_loss(means, w_gate, w_noise, noise):
+    """The balance loss of noisy top-1 gating, image by image, from the published facts."""
+    clean = means @ w_gate
+    std = F.softplus(means @ w_noise) + 0.01
+    noisy = clean + noise * std
+    count = w_gate.shape[1]
+    load, importance = torch.zeros(count).double(), torch.zeros(count).double()
+    for c, n, s in zip(clean, noisy, std, strict=True):
+        first, second = n.sort(descending=True).values[:2]
+        importance[n.argmax()] += 1
+        for i in range(count):
+            threshold = second if n[i] > second else first
+            share = 0.5 * (1 + torch.erf((c[i] - threshold) / s[i] / 2**0.5))
+            load = load + F.one_hot(torch.tensor(i), count) * share
+
+    def variation(x):
+        return ((x - x.mean()) ** 2).sum() / (count - 1) / (x.mean() ** 2 + 1e-10)
+
+    return 0.01 * (variation(importance) + variation(load)), noisy.argmax(1)
+
+
+def test_the_balance_loss_is_that_of_the_paper():
+    block = build("conv_lora", num_experts=4).train()
+    mixture = block.local.experts.body.mixture
+    x = torch.randn(6, ROWS * COLS, DIM, dtype=torch.float64)
+    means = block.down(x).mean(1)
+    torch.manual_seed(3)
+    noise = torch.randn(6, 4, dtype=torch.float64)
+    torch.manual_seed(3)
+    out = block(x, ROWS, COLS)
+    loss = conv_lora_loss(block)
+    expected, chosen = literal_loss(means, mixture.w_gate, mixture.w_noise, noise)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    gates = [mixture.w_gate, mixture.w_noise, block.down.weight]
+    for a, b in zip(
+        torch.autograd.grad(loss, gates, retain_graph=True),
+        torch.autograd.grad(expected, gates),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    # the expert of each image is the one that the noisy gates chose
+    taken = torch.autograd.grad(out.sum(), [e[0].weight for e in mixture.experts],
+                                materialize_grads=True)  # fmt: skip
+    assert {i for i, grad in enumerate(taken) if grad.any()} == set(chosen.tolist())
+
+
+def test_a_mixture_that_ran_can_be_copied():
+    block = tc.create_block("conv_lora", dim=DIM).train()
+    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS)
+    assert conv_lora_loss(block).requires_grad
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        with pytest.raises(ValueError, match="ran in training mode, got none"):
+            conv_lora_loss(twin)
+
+
+def test_one_expert_needs_no_balance():
+    block = tc.create_block("conv_lora", dim=DIM, num_experts=1).train()
+    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS)
+    assert conv_lora_loss(block) == 0
 
 
 def test_dropout_acts_in_training_only():
@@ -191,6 +286,7 @@ def test_a_convolution_on_tokens_is_that_on_maps(groups, bias):
         ("convpass", {"width": 0}, ValueError, "width=0"),
         ("conv_adapter", {"width": 3}, ValueError, "groups to divide dim=16 and out_dim=3, got"),
         ("conv_adapter", {"kernel_size": 2}, ValueError, "odd kernel_size, got 2"),
+        ("conv_lora", {"num_experts": 0}, ValueError, "num_experts=0"),
         ("rep_adapter", {"groups": 3}, ValueError, "groups to divide dim=8 and out_dim=16"),
         ("mona", {"kernel_size": 5}, TypeError, "kernel_size"),
     ],

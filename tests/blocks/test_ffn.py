@@ -33,6 +33,14 @@ def assert_same(ours, theirs, call_theirs, rows, cols):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_mlp_matches_timm():
+    theirs = Mlp(10, 30, dtype=torch.float64)
+    randomize_(theirs)
+    ours = tc.create_block("mlp", dim=10, mlp_ratio=3).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same(ours, theirs, theirs, 5, 7)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 9), (8, 3)])
 def test_mix_ffn_matches_timm(linear, rows, cols):

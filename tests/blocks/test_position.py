@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.coat import ConvPosEnc
 from timm.models.fastvit import RepConditionalPosEnc
+from timm.models.tiny_vit import TinyVitBlock
 from timm.models.twins import PosConv
 from timm.models.xcit import LPI
 from torch import nn
@@ -109,6 +110,16 @@ def test_lpi_matches_timm(rows, cols, training):
     assert_same(ours, OnTokens(theirs, pair=False), rows, cols)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (8, 3)])
+def test_tinyvit_conv_matches_timm(rows, cols, training):
+    theirs = randomize_(TinyVitBlock(DIM, 2).local_conv.double()).train(training)
+    ours = tc.create_block("tinyvit_conv", dim=DIM).double().train(training)
+    state = zip(ours.state_dict(), theirs.state_dict().values(), strict=True)
+    ours.load_state_dict(dict(state))
+    assert_same(ours, OnMaps(theirs), rows, cols)
+
+
 @pytest.mark.parametrize(
     ("name", "key", "side"), [("peg", "proj.0", 3), ("rep_cpe", "pos_enc", 7), ("cpe", "proj", 3)]
 )
@@ -119,7 +130,7 @@ def test_official_keys_load(name, key, side):
     assert torch.equal(block.proj.weight, state[f"{key}.weight"])
 
 
-@pytest.mark.parametrize("name", [*ENCODINGS, "lpi"])
+@pytest.mark.parametrize("name", [*ENCODINGS, "lpi", "tinyvit_conv"])
 def test_prefix_tokens_pass_unchanged(name):
     block = randomize_(tc.create_block(name, dim=8, kernel_size=5)).eval()
     x = torch.randn(2, 2 + 12, 8)

@@ -6,11 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import tokenconv as tc
+from tokenconv.blocks.adapters import Adapter
+from tokenconv.blocks.feed_forward import FeedForward
+from tokenconv.blocks.ffn import MultiScaleFFN
 
 ROOT = Path(__file__).parents[2]
-TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind == "tokens"]
+TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind != "scales"]
+ENTRIES = [(name, paper) for name, info in tc.BLOCKS.items() for paper in info.papers]
 
 
 @pytest.mark.parametrize("name", TOKEN_BLOCKS)
@@ -20,7 +25,7 @@ TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind == "tokens
     rows=st.integers(1, 6),
     cols=st.integers(1, 6),
     prefix=st.integers(0, 3),
-    dim=st.sampled_from([4, 8, 12]),
+    dim=st.sampled_from([8, 12, 20]),
 )
 def test_token_blocks_keep_the_shape_and_the_batch_apart(name, batch, rows, cols, prefix, dim):
     torch.manual_seed(0)
@@ -32,6 +37,76 @@ def test_token_blocks_keep_the_shape_and_the_batch_apart(name, batch, rows, cols
     assert out.isfinite().all()
     assert torch.equal(out, block(x, grid))
     torch.testing.assert_close(out[-1:], block(x[-1:], grid), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, i in tc.BLOCKS.items() if i.kind == "maps"])
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 3), rows=st.integers(1, 6), cols=st.integers(1, 6))
+def test_map_blocks_keep_the_size_and_the_batch_apart(name, batch, rows, cols):
+    torch.manual_seed(0)
+    block = tc.create_block(name, dim=8).double().eval()
+    fmap = torch.randn(batch, 8, rows, cols, dtype=torch.float64)
+    out = block(fmap)
+    assert out.shape == fmap.shape
+    assert out.isfinite().all()
+    assert torch.equal(out, block(fmap))
+    torch.testing.assert_close(out[-1:], block(fmap[-1:]), rtol=1e-10, atol=1e-12)
+
+
+C = 24
+
+
+def symbols_of(name, block):
+    """What the letters of a row mean for a block of C channels."""
+    settings = {
+        "inverted_residual": {"h": 6 * C},
+        "mbconv": {"h": 6 * C},
+        "shufflenetv1": {"w": C // 4},
+        "pydmobilenet": {"w": C // 2},
+        "esp": {"w": C // 5},
+        "bsconv_s": {"w": C // 4},
+        "dynamic_conv": {"w": C // 4, "E": 4},
+        "condconv": {"E": 4},
+        "conv_lora": {"w": 3, "E": 8},
+        "conv_adapter": {"w": C // 8},
+    }.get(name, {})
+    if isinstance(block, FeedForward):
+        settings["h"] = block.hidden_dim_of(C, block.mlp_ratio)
+    if isinstance(block, Adapter) and "w" not in settings:
+        settings["w"] = block.width
+    side = getattr(block, "kernel_size", 3)
+    return {"C": C, "O": C, "K": side if isinstance(side, int) else None, **settings}
+
+
+class OnImages(nn.Module):
+    """A block on the tokens that the pixels of an image are."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, images):
+        rows, cols = images.shape[2:]
+        tokens = images.flatten(2).transpose(1, 2)
+        if isinstance(self.block, MultiScaleFFN):
+            return self.block(tokens.repeat(1, 21, 1)[:, : 21 * rows * cols // 4], rows, cols)
+        return self.block(tokens, rows, cols)
+
+
+@pytest.mark.parametrize("name", tc.BLOCKS)
+def test_the_formulas_of_a_row_are_what_the_block_counts(name):
+    info = tc.BLOCKS[name]
+    block = tc.create_block(name, dim=C)
+    known = {**symbols_of(name, block), "N": 4 * 6}
+    assert eval(info.params, {}, known) == sum(p.numel() for p in block.parameters())
+    assert eval(info.macs, {}, known) == tc.cost(OnImages(block), (C, 4, 6)).macs
+
+
+@pytest.mark.parametrize(("name", "paper"), ENTRIES, ids=[f"{n}-{p.name}" for n, p in ENTRIES])
+def test_the_arguments_of_a_paper_are_those_of_the_block(name, paper):
+    kwargs = eval(f"dict({paper.arguments})", {"nn": nn})
+    assert isinstance(tc.create_block(name, dim=16, **kwargs), nn.Module)
+    assert paper.url.startswith("https://arxiv.org/abs/")
 
 
 def test_unknown_block_lists_the_nearest():

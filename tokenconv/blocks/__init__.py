@@ -1,6 +1,7 @@
 """What stands in a Transformer, and ``BLOCKS``, the one list of it."""
 
+from tokenconv.blocks.catalogue import BLOCKS, block_info, create_block, list_blocks
 from tokenconv.blocks.ffn import MixFFN
-from tokenconv.blocks.registry import BLOCKS, BlockInfo, create_block, list_blocks
+from tokenconv.blocks.registry import BlockInfo, Paper
 
-__all__ = ["BLOCKS", "BlockInfo", "MixFFN", "create_block", "list_blocks"]
+__all__ = ["BLOCKS", "BlockInfo", "MixFFN", "Paper", "block_info", "create_block", "list_blocks"]

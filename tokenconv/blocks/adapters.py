@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps, init_torch_
+from tokenconv.blocks.experts import NoisyTopOne, ScaleExperts
 from tokenconv.grid import AnyGrid, Grid
 from tokenconv.layers import DWConv, GridConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
@@ -185,6 +186,71 @@ class ConvAdapter(Adapter):
     def reset_parameters(self) -> None:
         """Initialise as torch's layers."""
         init_torch_(self)
+
+
+class ConvLoRA(Adapter):
+    """Conv-LoRA: a bottleneck with a mixture of convolutions at several scales, beside a layer.
+
+    ``scale * up(y + expert_i(y))``, ``y = down(x)``, width 3, ``scale = alpha / r = 32 / 3``, no
+    biases in the two linear layers. Expert i of E makes the map i times as large (bicubic),
+    ``GELU(conv3x3)`` runs on it, and it is made small again; the means of ``y`` choose one expert
+    per image, with noise in training. In the paper it stands beside the query, key and value
+    projections of SAM; surgery puts it beside the whole attention. Prefix tokens, which the paper
+    has none of, skip the experts. ``up`` starts from zero, ``down`` as ``nn.Linear``, the gates
+    from zero. All experts run, and one is taken, so that shapes do not depend on values.
+
+    Training needs a loss that balances the experts: add ``conv_lora_loss(model)``.
+
+    Parameters: ``C*w + w*O + E*(9*w*w + w) + 2*w*E``.
+
+    Args besides those of ``Adapter``:
+        out_dim: Channels O that come out; None takes ``dim``.
+        num_experts: Convolutions E.
+
+    References:
+        https://arxiv.org/abs/2401.17868
+    """
+
+    width = 3
+    scale = 32 / 3
+    drop = 0.0
+    down: Any
+    up: Any
+
+    def steps(
+        self, dim: int, width: int, drop: float, out_dim: int | None = None, num_experts: int = 8
+    ) -> Steps:
+        """See the class."""
+        return {
+            "dropout": nn.Dropout(drop) if drop else None,
+            "down": nn.Linear(dim, width, bias=False),
+            "local": Shortcut(experts=ScaleExperts(width, num_experts=num_experts)),
+            "up": nn.Linear(width, dim if out_dim is None else out_dim, bias=False),
+        }
+
+    def reset_parameters(self) -> None:
+        """Initialise as the official code does."""
+        init_torch_(self)
+        nn.init.zeros_(self.up.weight)
+
+
+def conv_lora_loss(model: nn.Module) -> Tensor:
+    """What keeps the experts of all ``ConvLoRA`` in use, for the training loss.
+
+    Args:
+        model: Has just run in training mode.
+
+    Returns:
+        The sum of what the mixtures noted in that run, on the graph.
+
+    Raises:
+        ValueError: If no mixture ran in training mode.
+    """
+    noted = [part.loss for part in model.modules() if isinstance(part, NoisyTopOne)]
+    losses = [loss for loss in noted if loss is not None]
+    if not losses:
+        raise ValueError("expected a model with ConvLoRA that ran in training mode, got none")
+    return torch.stack(losses).sum()
 
 
 class Mona(Adapter):

@@ -69,10 +69,7 @@ class Chain(GridModule):
         Raises:
             ValueError: In training mode, or if values are stored in fewer than 32 bits.
         """
-        if self.training:
-            raise ValueError("it is in training mode: call eval() first")
-        if any(p.dtype not in (torch.float32, torch.float64) for p in self.parameters()):
-            raise ValueError("it has weights of fewer than 32 bits, which folding would round anew")
+        check_foldable(self)
         steps: Any = self._modules
         folded = [step.fold_() for step in steps.values() if hasattr(step, "fold_")]
         before = len(steps)
@@ -125,6 +122,18 @@ class Local(Shortcut):
 
 
 # --- a norm becomes part of the layer beside it ---
+
+
+def check_foldable(module: nn.Module) -> None:
+    """Refuse to fold where the result would not be equal.
+
+    Raises:
+        ValueError: In training mode, or if values are stored in fewer than 32 bits.
+    """
+    if module.training:
+        raise ValueError("it is in training mode: call eval() first")
+    if any(p.dtype not in (torch.float32, torch.float64) for p in module.parameters()):
+        raise ValueError("it has weights of fewer than 32 bits, which folding would round anew")
 
 
 def _line(norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -195,7 +204,7 @@ def _init_(
         if not ours and hasattr(part, "reset_parameters"):
             part.reset_parameters()  # pyright: ignore[reportCallIssue]
         init = linear if isinstance(part, nn.Linear) else conv
-        if init and isinstance(part, (nn.Linear, DWConv, nn.Conv1d)):
+        if init and isinstance(part, (nn.Linear, DWConv, nn.Conv1d, nn.Conv2d)):
             init(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -33,6 +33,29 @@ from tokenconv.layers import (
 )
 
 
+class MLP(FeedForward):
+    """The feed-forward of a Transformer, without a convolution: what the others are compared with.
+
+    ``fc1 -> activation -> dropout -> fc2 -> dropout``; UniFormer's and iFormer's. Prefix tokens
+    take part. Parameters: ``2*C*h + h + C``. Keys as in ``timm.layers.Mlp``.
+
+    References:
+        UniFormer, https://arxiv.org/abs/2201.04676; iFormer, https://arxiv.org/abs/2205.12956
+    """
+
+    init = staticmethod(init_linears_)
+
+    def steps(self, parts: Parts) -> Steps:
+        """See the class."""
+        return {
+            "fc1": parts.expand(),
+            "act": parts.act(),
+            "drop1": parts.drop(),
+            "fc2": parts.project(),
+            "drop2": parts.drop(),
+        }
+
+
 class MixFFN(FeedForward):
     """PVTv2's and SegFormer's feed-forward: the convolution stands in front of the activation.
 

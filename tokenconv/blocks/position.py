@@ -167,6 +167,37 @@ class LPI(Chain):
         init_linears_(self)
 
 
+class TinyViTConv(Chain):
+    """TinyViT's local convolution, between attention and MLP: ``DWConv -> BN``, no residual.
+
+    Prefix tokens pass unchanged; the paper has none. No bias in the convolution. Starts as
+    ``nn.Conv2d``. Parameters: ``K*K*C + 2*C``.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd kernel side K.
+        impl: Implementation of the convolution, see ``Impl``; None chooses.
+
+    Raises:
+        ValueError: If the kernel is even or ``dim`` is not positive.
+
+    References:
+        https://arxiv.org/abs/2207.10666
+    """
+
+    prefix_tokens = "pass"
+
+    def __init__(self, dim: int, *, kernel_size: int = 3, impl: Impl | str | None = None):
+        super().__init__(
+            dwconv=DWConv(dim, kernel_size, bias=False, impl=impl), norm=BatchNorm(dim)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv2d``."""
+        init_torch_(self)
+
+
 def _accept_official_keys(state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
     for name in ("weight", "bias"):
         for official in (f"{prefix}proj.0.{name}", f"{prefix}pos_enc.{name}"):

@@ -7,13 +7,14 @@ from tokenconv.layers.channel import (
     GlobalResponseNorm,
     SqueezeExcite,
 )
-from tokenconv.layers.conv import GridConv
+from tokenconv.layers.conv import DWConv3d, GridConv
 from tokenconv.layers.depthwise import DWConv
 from tokenconv.layers.separable import SeparableConv
 
 __all__ = [
     "BatchNorm",
     "DWConv",
+    "DWConv3d",
     "EfficientChannelAttention",
     "GlobalResponseNorm",
     "GridConv",

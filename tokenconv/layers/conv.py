@@ -1,4 +1,4 @@
-"""Full and grouped convolution on tokens as a module.
+"""Full and grouped convolution on tokens as a module, and depthwise on those of a video.
 
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenconv.errors import GridError
 from tokenconv.grid import Grid, TokenGrid, map_to_tokens, tokens_to_map
 from tokenconv.layers.base import GridModule
 
@@ -48,10 +49,7 @@ class GridConv(GridModule):
 
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Conv2d`` does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight[0].numel())
-            nn.init.uniform_(self.bias, -bound, bound)
+        _init_as_torch_(self.weight, self.bias)
 
     def init_centre_(self) -> None:
         """Make it the identity, as far as the widths permit."""
@@ -71,6 +69,90 @@ class GridConv(GridModule):
         )
 
 
+class DWConv3d(GridModule):
+    """Depthwise convolution on video tokens, over frames, rows and columns.
+
+    Prefix tokens pass unchanged; zero padding keeps the size. ``DWConv`` on a ``(T, H, W)`` grid
+    convolves every frame by itself. Parameters: ``C * Kt*K*K``, plus C with bias; initialised as
+    ``nn.Conv3d``, with its keys.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd kernel side K, for all three; or ``(Kt, K, K)``, the frames first.
+        bias: Learn one offset per channel.
+        residual: Return ``x + conv(x)`` instead of ``conv(x)``.
+
+    Raises:
+        ValueError: If ``dim`` is not positive, or a side of the kernel is even.
+
+    References:
+        https://arxiv.org/abs/1904.02811
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int | tuple[int, int, int] = 3,
+        *,
+        bias: bool = True,
+        residual: bool = False,
+    ):
+        super().__init__()
+        sides = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(sides) != 3 or any(side < 1 or side % 2 == 0 for side in sides):
+            raise ValueError(f"expected one or three odd kernel sides, got {kernel_size}")
+        if dim < 1:
+            raise ValueError(f"expected dim >= 1, got {dim}")
+        self.dim = dim
+        self.residual = residual
+        self.weight = nn.Parameter(torch.empty(dim, 1, *sides))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv3d`` does."""
+        _init_as_torch_(self.weight, self.bias)
+
+    def init_neutral_(self) -> None:
+        """Make the convolution zero, so that with ``residual`` the output equals the input."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        """Convolve the tokens of a ``(T, H, W)`` grid; see ``GridModule``."""
+        return _convolve_video(x, self.weight, self.bias, grid, self.residual)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return (
+            f"{self.dim}, kernel_size={tuple(self.weight.shape[2:])}, "
+            f"bias={self.bias is not None}, residual={self.residual}"
+        )
+
+
+def _init_as_torch_(weight: Tensor, bias: Tensor | None) -> None:
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    if bias is not None:
+        bound = 1 / math.sqrt(weight[0].numel())
+        nn.init.uniform_(bias, -bound, bound)
+
+
+def _convolve_video(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[Grid, ...], residual: bool
+) -> Tensor:
+    """One fx node: the checks in it cannot be traced symbolically."""
+    known = TokenGrid.of(*grid)
+    if len(known.size) != 3:
+        raise GridError(f"expected a grid (T, H, W), got {known.size}; DWConv takes (H, W)")
+    video = tokens_to_map(x, known)
+    padding = [side // 2 for side in weight.shape[2:]]
+    out = F.conv3d(video, weight, bias, padding=padding, groups=len(weight))
+    tokens = map_to_tokens(out + video if residual else out)
+    if not known.num_prefix_tokens:
+        return tokens
+    return torch.cat([x[:, : known.num_prefix_tokens].to(tokens.dtype), tokens], dim=1)
+
+
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[Grid, ...], groups: int
 ) -> Tensor:
@@ -85,4 +167,5 @@ def _convolve(
     return map_to_tokens(fmap, out.transpose(1, 2))
 
 
-torch.fx.wrap("_convolve")
+for _checks in ("_convolve", "_convolve_video"):
+    torch.fx.wrap(_checks)

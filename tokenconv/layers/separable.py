@@ -3,6 +3,8 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from tokenconv.grid import Grid
@@ -12,12 +14,13 @@ from tokenconv.ops.depthwise_conv import Impl
 
 
 class SeparableConv(GridModule):
-    """Depthwise, then pointwise convolution on tokens, with nothing between them.
+    """Depthwise, then pointwise convolution on tokens; as in Xception nothing between them.
 
-    Formula: ``y[p, o] = b[o] + sum_c P[o, c] * (sum_q D[c, q] * x[p + q, c])`` on the grid. Prefix
-    tokens skip the depthwise part and take the pointwise one, which is a linear layer. Parameters:
+    Formula: ``y[p, o] = b[o] + sum_c P[o, c] * (sum_q D[c, q] * x[p + q, c])`` on the grid, with
+    ``norm_layer`` and ``act_layer`` applied to the inner sum. Prefix tokens skip the depthwise part
+    and take the others; the pointwise one is a linear layer. Parameters without a norm:
     ``C*K*K + C*out_dim``, plus ``C + out_dim`` with bias; initialised as ``nn.Conv2d`` and
-    ``nn.Linear``. Keys: ``depthwise`` and ``pointwise``.
+    ``nn.Linear``. Keys: ``depthwise``, ``norm``, ``act``, ``pointwise``.
 
     Args:
         dim: Channels C.
@@ -25,6 +28,8 @@ class SeparableConv(GridModule):
         out_dim: Channels that come out; None takes ``dim``.
         dilation: Distance between kernel taps, in tokens.
         bias: Learn offsets, in both parts.
+        norm_layer: Makes a norm of ``dim`` channels between the parts, for tokens ``(B, N, C)``.
+        act_layer: Makes an activation between the parts, behind the norm.
         impl: Implementation of the depthwise op, see ``Impl``; None chooses.
 
     Raises:
@@ -42,22 +47,27 @@ class SeparableConv(GridModule):
         out_dim: int | None = None,
         dilation: int = 1,
         bias: bool = True,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
         impl: Impl | str | None = None,
     ):
         super().__init__()
         if out_dim is not None and out_dim < 1:
             raise ValueError(f"expected out_dim >= 1, got {out_dim}")
         self.depthwise = DWConv(dim, kernel_size, dilation=dilation, bias=bias, impl=impl)
+        self.norm = norm_layer(dim) if norm_layer else nn.Identity()
+        self.act = act_layer() if act_layer else nn.Identity()
         self.pointwise = nn.Linear(dim, out_dim or dim, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Initialise as ``nn.Conv2d`` and ``nn.Linear`` do."""
-        self.depthwise.reset_parameters()
-        self.pointwise.reset_parameters()
+        """Initialise as ``nn.Conv2d`` and ``nn.Linear`` do, a norm as it does itself."""
+        for part in self.modules():
+            if part is not self and hasattr(part, "reset_parameters"):
+                part.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def init_neutral_(self) -> None:
         """Make the output zero; gradients reach the pointwise part first."""
-        self.depthwise.reset_parameters()
+        self.reset_parameters()
         for parameter in self.pointwise.parameters():
             nn.init.zeros_(parameter)
 
@@ -74,4 +84,4 @@ class SeparableConv(GridModule):
         Raises:
             GridError: If ``x`` does not fill the grid.
         """
-        return self.pointwise(self.depthwise(x, *grid))
+        return self.pointwise(self.act(self.norm(self.depthwise(x, *grid))))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenconv.blocks.registry import block_info
+from tokenconv.blocks import block_info
 from tokenconv.errors import SurgeryError
 from tokenconv.layers import DWConv
 from tokenconv.surgery.binding import (

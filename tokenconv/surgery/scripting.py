@@ -57,7 +57,7 @@ class FixedSeparableConv(SeparableConv):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Convolve the tokens."""
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise(self.act(self.norm(self.depthwise(x))))
 
 
 class FixedAroundAct(AroundAct):

@@ -1,0 +1,390 @@
+"""Several convolutions, of which every image takes its own mixture, or one.
+
+Convolution is linear in its kernel: mixing kernels is mixing their outputs, for the price of one.
+
+Shape letters: B batch, E experts, C channels, O channels that come out, K kernel side.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenconv.blocks.chain import Steps, init_kaiming_
+from tokenconv.blocks.maps import MapBlock, conv, depthwise
+from tokenconv.errors import GridError
+
+
+class ExpertConv(nn.Module):
+    """A convolution with the kernel ``sum_e gate_e(x) * weight_e`` of an image's own gates.
+
+    Args:
+        dim: Channels C.
+        out_dim: Channels O that come out.
+        side: Odd kernel side K.
+        routing: Makes gates ``(B, E)`` of the means of the channels ``(B, C)``.
+        num_experts: Kernels E.
+        stride: Step of the convolution.
+        groups: Groups of channels.
+        bias: Learn offsets, mixed as the kernels are.
+
+    Raises:
+        ValueError: If ``groups`` does not divide both widths, or there is no expert.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        side: int,
+        *,
+        routing: nn.Module,
+        num_experts: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"expected num_experts >= 1, got {num_experts}")
+        one = conv(dim, out_dim, side, stride=stride, groups=groups)  # checks, and shapes
+        self.routing = routing
+        self.stride, self.padding, self.groups = stride, side // 2, groups
+        self.weight = nn.Parameter(torch.empty(num_experts, *one.weight.shape))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every kernel as ``nn.Conv2d`` does."""
+        for kernel in self.weight:
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0, 0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve every map ``(C, H, W)`` of the batch with a kernel of its own."""
+        gates = self.routing(x.mean((2, 3))).to(self.weight.dtype)
+        weight = torch.einsum("be,eoihw->boihw", gates, self.weight).flatten(0, 1)
+        bias = None if self.bias is None else (gates @ self.bias).flatten()
+        out = F.conv2d(
+            x.flatten(0, 1)[None],  # images side by side in the channels
+            weight,
+            bias,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups * x.shape[0],
+        )
+        return out[0].unflatten(0, (x.shape[0], -1))
+
+
+class CondConv(MapBlock):
+    """CondConv: a convolution whose kernel is mixed by a sigmoid of the image's channel means.
+
+    Parameters: ``E*K*K*C*O/groups + E*(C + 1)``, and ``E*O`` with bias.
+
+    Args besides those of ``MapBlock``:
+        num_experts: Kernels E.
+        groups: Groups of channels.
+        bias: Learn offsets.
+
+    References:
+        https://arxiv.org/abs/1904.04971
+    """
+
+    def steps(
+        self,
+        dim: int,
+        out_dim: int,
+        side: int,
+        stride: int,
+        num_experts: int = 4,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> Steps:
+        """See the class."""
+        routing = nn.Sequential(nn.Linear(dim, max(1, num_experts)), nn.Sigmoid())
+        experts = ExpertConv(
+            dim,
+            out_dim,
+            side,
+            routing=routing,
+            num_experts=num_experts,
+            stride=stride,
+            groups=groups,
+            bias=bias,
+        )
+        return {"conv": experts}
+
+
+class DynamicConv(MapBlock):
+    """Dynamic convolution: CondConv with gates that add up to one, by a softmax.
+
+    ``gates = softmax(fc2(ReLU(fc1(means))) / temperature)``, ``fc1`` to a quarter of the channels.
+    The paper starts training at a temperature of 30 and lowers it to 1 over the first epochs: set
+    ``block.temperature``. Parameters, ``w = C//4``: ``E*(K*K*C*O/groups + O) + C*w + w + w*E + E``.
+
+    Args besides those of ``MapBlock``:
+        num_experts: Kernels E.
+        temperature: Divides what the softmax is given.
+        groups: Groups of channels.
+        bias: Learn offsets.
+
+    References:
+        https://arxiv.org/abs/1912.03458
+    """
+
+    def steps(
+        self,
+        dim: int,
+        out_dim: int,
+        side: int,
+        stride: int,
+        num_experts: int = 4,
+        temperature: float = 30.0,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> Steps:
+        """See the class."""
+        if temperature <= 0:
+            raise ValueError(f"expected temperature > 0, got {temperature}")
+        routing = _Softmax(dim, max(1, dim // 4), num_experts, temperature)
+        experts = ExpertConv(
+            dim,
+            out_dim,
+            side,
+            routing=routing,
+            num_experts=num_experts,
+            stride=stride,
+            groups=groups,
+            bias=bias,
+        )
+        return {"conv": experts}
+
+    @property
+    def temperature(self) -> float:
+        """Divides what the softmax is given."""
+        return self._routing.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if value <= 0:
+            raise ValueError(f"expected temperature > 0, got {value}")
+        self._routing.temperature = value
+
+    @property
+    def _routing(self) -> "_Softmax":
+        routing = self.get_submodule("body.conv.routing")
+        assert isinstance(routing, _Softmax)
+        return routing
+
+
+class _Softmax(nn.Module):
+    """Gates that add up to one, of the means of the channels."""
+
+    def __init__(self, dim: int, width: int, num_experts: int, temperature: float = 1.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, width)
+        self.fc2 = nn.Linear(width, max(1, num_experts))
+        self.temperature = temperature
+
+    def forward(self, means: Tensor) -> Tensor:
+        logits = self.fc2(F.relu(self.fc1(means)))
+        return (logits / self.temperature).softmax(dim=-1)
+
+
+class ResDSC(MapBlock):
+    """The residual block of ResNet-26 with separable convolutions, for one domain or several.
+
+    ``DWConv (stride) -> 1x1 -> BN -> ReLU -> DWConv -> 1x1 -> BN``, plus the input, then ReLU.
+    Where width or size change the input is averaged and filled up with zero channels. No biases. A
+    model serves several domains by depthwise kernels, norms and a head of each (``add_domain`` of
+    ``tokenconv.surgery``). Soft sharing lets a domain mix the depthwise kernels of all: with
+    ``num_domains > 1`` every depthwise convolution has a kernel of each domain, and gates
+    ``softmax(fc2(ReLU(fc1(means))))``, ``fc1`` to ``C//4 + 1`` channels. Parameters of one domain:
+    ``K*K*C + C*O + 2*O + K*K*O + O*O + 2*O``.
+
+    Args besides those of ``MapBlock``:
+        num_domains: Depthwise kernels to mix; 1 mixes none.
+
+    Raises:
+        ValueError: If ``out_dim`` is less than ``dim``.
+        GridError: If a stride does not divide the size.
+
+    References:
+        https://arxiv.org/abs/1902.00927
+    """
+
+    adds_input = True
+    init = staticmethod(init_kaiming_)
+
+    def steps(self, dim: int, out_dim: int, side: int, stride: int, num_domains: int = 1) -> Steps:
+        """See the class."""
+        if out_dim < dim:
+            raise ValueError(f"expected out_dim >= dim, got {dim=}, {out_dim=}")
+        if num_domains < 1:
+            raise ValueError(f"expected num_domains >= 1, got {num_domains}")
+        return {
+            "depthwise1": _shared_depthwise(dim, side, stride, num_domains),
+            "pointwise1": conv(dim, out_dim),
+            "norm1": nn.BatchNorm2d(out_dim),
+            "act1": nn.ReLU(),
+            "depthwise2": _shared_depthwise(out_dim, side, 1, num_domains),
+            "pointwise2": conv(out_dim, out_dim),
+            "norm2": nn.BatchNorm2d(out_dim),
+        }
+
+    def shortcut(self, dim: int, out_dim: int, stride: int) -> nn.Module:
+        """The mean of each patch, and channels of zeros."""
+        return _AverageAndPad(out_dim - dim, stride)
+
+    def behind(self, out_dim: int) -> nn.Module:
+        """An activation."""
+        return nn.ReLU()
+
+
+def _shared_depthwise(dim: int, side: int, stride: int, num_domains: int) -> nn.Module:
+    if num_domains == 1:
+        return depthwise(dim, side, stride=stride)
+    return ExpertConv(
+        dim,
+        dim,
+        side,
+        routing=_Softmax(dim, dim // 4 + 1, num_domains),
+        num_experts=num_domains,
+        stride=stride,
+        groups=dim,
+    )
+
+
+class _AverageAndPad(nn.Module):
+    """Means of patches, with channels of zeros behind those that are there."""
+
+    def __init__(self, more: int, stride: int):
+        super().__init__()
+        self.more, self.stride = more, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
+            raise GridError(
+                f"expected a size that {self.stride} divides, got {tuple(x.shape[-2:])}"
+            )
+        pooled = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        return F.pad(pooled, (0, 0, 0, 0, 0, self.more))
+
+
+class ScaleExperts(MapBlock):
+    """Convolutions at several scales, of which each image takes one: Conv-LoRA's mixture.
+
+    Expert i makes the map i times as large, ``GELU(conv3x3)`` runs on it, and it is made small
+    again. Prefix tokens become zero. Parameters: ``E*(K*K*C*C + C) + 2*C*E``.
+
+    Args besides those of ``MapBlock``:
+        num_experts: Convolutions E.
+
+    Raises:
+        ValueError: If there is a stride, or ``out_dim`` is not ``dim``.
+
+    References:
+        https://arxiv.org/abs/2401.17868
+    """
+
+    prefix_tokens = "vanish"
+
+    def steps(self, dim: int, out_dim: int, side: int, stride: int, num_experts: int = 8) -> Steps:
+        """See the class."""
+        if stride != 1 or out_dim != dim or num_experts < 1:
+            raise ValueError(
+                f"expected stride 1, out_dim == dim and num_experts >= 1, got {stride=}, {dim=}, "
+                f"{out_dim=}, {num_experts=}"
+            )
+        experts = [_AtScale(dim, side, times) for times in range(1, num_experts + 1)]
+        return {"mixture": NoisyTopOne(dim, *experts)}
+
+
+class _AtScale(nn.Sequential):
+    """Convolution and activation on a map that is several times as large."""
+
+    def __init__(self, dim: int, side: int, times: int):
+        super().__init__(conv(dim, dim, side, bias=True), nn.GELU())
+        self.times = times
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        convolution: Any = self[0]
+        convolution.reset_parameters()
+        nn.init.zeros_(convolution.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.times == 1:
+            return super().forward(input)
+        large = F.interpolate(input, scale_factor=self.times, mode="bicubic")
+        return F.interpolate(super().forward(large), size=input.shape[2:], mode="bicubic")
+
+
+class NoisyTopOne(nn.Module):
+    """Each image takes one of several experts, by the means of its channels.
+
+    In training the choice is noisy, and ``loss`` notes how unevenly it fell.
+
+    Args:
+        dim: Channels C.
+        *experts: Modules on maps.
+
+    References:
+        https://arxiv.org/abs/1701.06538
+    """
+
+    loss: Tensor | None
+    """In training mode, of the last run: 0.01 times the squared coefficients of variation of how
+    many images the experts got and of how many they were likely to get."""
+
+    def __init__(self, dim: int, *experts: nn.Module):
+        super().__init__()
+        self.w_gate = nn.Parameter(torch.empty(dim, len(experts)))
+        self.w_noise = nn.Parameter(torch.empty(dim, len(experts)))
+        self.experts = nn.ModuleList(experts)
+        self.loss = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with all experts alike."""
+        nn.init.zeros_(self.w_gate)
+        nn.init.zeros_(self.w_noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all experts, and give each image what its own made of it."""
+        means = x.mean((2, 3))
+        clean = means @ self.w_gate
+        logits = clean
+        if self.training:
+            std = F.softplus(means @ self.w_noise) + 1e-2
+            logits = clean + torch.randn_like(clean) * std
+            loss = _imbalance(clean, logits, std)
+            self.loss = loss if isinstance(loss, Tensor) else None  # not while fx traces
+        outs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        choice = logits.argmax(dim=1).reshape(-1, 1, 1, 1, 1)
+        return outs.take_along_dim(choice, dim=1).squeeze(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loss: a tensor on a graph can neither be copied nor pickled."""
+        return {**self.__dict__, "loss": None}
+
+
+def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
+    """How unevenly images fall on experts, and were likely to fall."""
+    count = logits.shape[1]
+    if count == 1:
+        return logits.sum() * 0
+    highest, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    won = logits > second[:, None]
+    to_beat = torch.where(won, second[:, None], highest[:, None])
+    load = torch.special.ndtr((clean - to_beat) / std).sum(0)
+    importance = F.one_hot(logits.argmax(dim=1), count).to(load.dtype).sum(0)
+    variations = [x.var() / (x.mean() ** 2 + 1e-10) for x in (importance, load)]
+    return 1e-2 * torch.stack(variations).sum()
+
+
+torch.fx.wrap("_imbalance")

@@ -1,0 +1,299 @@
+"""What blocks on maps are composed of; they take tokens as well.
+
+Shape letters: B batch, C channels, N tokens = P prefix + grid, K kernel side.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from tokenconv.blocks.chain import Steps, check_foldable, init_torch_
+from tokenconv.errors import GridError
+from tokenconv.grid import Grid, TokenGrid
+from tokenconv.layers import GridModule
+
+
+class MapBlock(GridModule):
+    """Steps on maps, one after another; common to the classic depthwise separable blocks.
+
+    ``block(fmap)`` takes ``(B, C, H, W)`` and gives a map. ``block(x, *grid)`` lays tokens out as
+    one, runs on it, and gives tokens; with a stride it gives ``(tokens, TokenGrid)``. Frames of a
+    ``(T, H, W)`` grid are images by themselves. Prefix tokens pass unchanged, so the width must
+    stay where there are some. Convolutions are zero-padded by half their reach.
+
+    Args:
+        dim: Channels C.
+        out_dim: Channels that come out; None takes ``dim``.
+        kernel_size: Odd kernel side K, several where the block has several; None takes the paper's.
+        stride: Step of the convolution over the grid: ``ceil(H / stride)`` rows come out.
+        residual: Add the input where width and size stay; None does as the paper.
+        **own: Arguments that only one block has.
+
+    Raises:
+        ValueError: If a width or the stride is not positive, the kernel is even, or a width does
+            not fit the block.
+        GridError: If tokens do not fill the grid, or prefix tokens would change their width.
+        TypeError: If the block has no such argument.
+    """
+
+    kernel_size: ClassVar[int | tuple[int, ...]] = 3
+    adds_input: ClassVar[bool] = False
+    """Whether the paper adds the input."""
+    init: ClassVar[Callable[[nn.Module], None]] = staticmethod(init_torch_)
+    """How the paper's code starts the weights."""
+    prefix_tokens: Literal["pass", "vanish"] = "pass"
+    """What prefix tokens do: pass unchanged, or become zero."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        out_dim: int | None = None,
+        kernel_size: int | Sequence[int] | None = None,
+        stride: int = 1,
+        residual: bool | None = None,
+        **own: Any,
+    ):
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        if min(dim, out_dim, stride) < 1:
+            raise ValueError(
+                f"expected positive dim, out_dim and stride, got {dim=}, {out_dim=}, {stride=}"
+            )
+        self.dim, self.out_dim, self.stride = dim, out_dim, stride
+        steps = self.steps(dim, out_dim, self._sides(kernel_size), stride, **own)
+        self.body = nn.Sequential(OrderedDict((k, v) for k, v in steps.items() if v is not None))
+        adds_input = self.adds_input if residual is None else residual
+        self.skip = self.shortcut(dim, out_dim, stride) if adds_input else None
+        self.after = self.behind(out_dim)
+        self.reset_parameters()
+
+    def _sides(self, kernel_size: int | Sequence[int] | None) -> Any:
+        """One kernel side, or several where the paper's block has several."""
+        sides = self.kernel_size if kernel_size is None else kernel_size
+        many = isinstance(self.kernel_size, tuple)
+        row = tuple(sides) if isinstance(sides, Sequence) else (sides,)
+        if not row or any(side < 1 or side % 2 == 0 for side in row) or not (many or len(row) == 1):
+            wanted = "odd kernel_size, one or several" if many else "odd kernel_size"
+            raise ValueError(f"expected an {wanted}, got {kernel_size}")
+        return row if many else row[0]
+
+    def steps(self, dim: int, out_dim: int, side: Any, stride: int) -> Steps:
+        """The paper's steps, in their order."""
+        raise NotImplementedError
+
+    def shortcut(self, dim: int, out_dim: int, stride: int) -> nn.Module | None:
+        """What the input goes through before it is added; None adds nothing."""
+        return nn.Identity() if stride == 1 and out_dim == dim else None
+
+    def behind(self, out_dim: int) -> nn.Module | None:
+        """What follows the addition."""
+        return None
+
+    def reset_parameters(self) -> None:
+        """Initialise as the paper's code does."""
+        type(self).init(self)
+
+    def init_neutral_(self) -> None:
+        """Make what the steps give zero, by the last of them; the others start anew."""
+        type(self).reset_parameters(self)
+        last = [step for step in self.body if next(step.parameters(), None) is not None][-1]
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+
+    def run(self, fmap: Tensor) -> Tensor:
+        """Run on a map."""
+        out = self.body(fmap)
+        if self.skip is not None:
+            out = out + self.skip(fmap)
+        return out if self.after is None else self.after(out)
+
+    def forward(self, x: Tensor, *grid: Grid) -> Any:
+        """Run on a map, or on tokens and their grid; see the class."""
+        if not grid:
+            return self.run(x)
+        fmap = self.run(_lay_out(x, grid))
+        tokens = _line_up(fmap, x, grid, self.prefix_tokens)
+        return tokens if self.stride == 1 else (tokens, _grid_behind(fmap, grid))
+
+    def fold_(self) -> bool:
+        """Fold every ``BatchNorm`` into the convolution in front of it, in place, for inference.
+
+        Equal in real arithmetic; the norms' keys go with them.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            ValueError: In training mode, or if values are stored in fewer than 32 bits.
+        """
+        check_foldable(self)
+        folded = [_fold_norms_(m) for m in self.modules() if isinstance(m, nn.Sequential)]
+        return any(folded)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{self.dim}, {self.out_dim}, stride={self.stride}"
+
+
+def _fold_norms_(row: nn.Sequential) -> bool:
+    steps: Any = row._modules
+    norms = [
+        (name, following)
+        for name, following in pairwise(steps)
+        if type(steps[name]) is nn.Conv2d and isinstance(steps[following], nn.BatchNorm2d)
+    ]
+    for name, following in norms:
+        with torch.inference_mode(False):
+            steps[name] = fuse_conv_bn_eval(steps[name], steps[following])
+        del steps[following]
+    return bool(norms)
+
+
+def _grid_of(grid: tuple[Grid, ...]) -> TokenGrid:
+    return TokenGrid.of(*grid)
+
+
+def _lay_out(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
+    """Tokens as maps, the frames of a video as images by themselves."""
+    known = _grid_of(grid)
+    known.check(x)
+    rows, cols = known.size[-2:]
+    return rearrange(x[:, known.num_prefix_tokens :], "b (t h w) c -> (b t) c h w", h=rows, w=cols)
+
+
+def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
+    """Maps as tokens, behind the prefix tokens of ``x``."""
+    tokens = rearrange(fmap, "(b t) c h w -> b (t h w) c", b=len(x))
+    prefix = x[:, : _grid_of(grid).num_prefix_tokens]
+    if not prefix.shape[1]:
+        return tokens
+    if prefix.shape[2] != tokens.shape[2]:
+        raise GridError(
+            f"prefix tokens pass a block unchanged, which needs out_dim == dim, got "
+            f"{tokens.shape[2]} and {prefix.shape[2]}: take them away first, or keep the width"
+        )
+    first = prefix if policy == "pass" else torch.zeros_like(prefix)
+    return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+
+
+def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+    known = _grid_of(grid)
+    return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
+
+
+for _checks in ("_lay_out", "_line_up", "_grid_behind"):  # which cannot be traced symbolically
+    torch.fx.wrap(_checks)
+
+
+# --- parts ---
+
+
+def conv(
+    dim: int,
+    out_dim: int,
+    side: int = 1,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> nn.Conv2d:
+    """A convolution, zero-padded by half its reach.
+
+    Raises:
+        ValueError: If ``groups`` does not divide both widths.
+    """
+    if min(dim, out_dim, groups) < 1 or dim % groups or out_dim % groups:
+        raise ValueError(f"expected groups to divide {dim=} and {out_dim=}, got {groups=}")
+    return nn.Conv2d(
+        dim,
+        out_dim,
+        side,
+        stride=stride,
+        padding=dilation * (side // 2),
+        dilation=dilation,
+        groups=groups,
+        bias=bias,
+    )
+
+
+def depthwise(dim: int, side: int = 3, **kwargs: Any) -> nn.Conv2d:
+    """A convolution in which channels do not see each other."""
+    return conv(dim, dim, side, groups=dim, **kwargs)
+
+
+def projection(dim: int, out_dim: int, stride: int) -> nn.Module:
+    """The input where width and size stay, and else a 1x1 convolution of it and a norm."""
+    if stride == 1 and dim == out_dim:
+        return nn.Identity()
+    return nn.Sequential(conv(dim, out_dim, stride=stride), nn.BatchNorm2d(out_dim))
+
+
+class Gated(nn.Sequential):
+    """``x * steps(mean of x over the map)``, as in squeeze-and-excitation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale the channels."""
+        return input * super().forward(input.mean((2, 3), keepdim=True))
+
+
+class Parallel(nn.Module):
+    """What several modules make of the same map, one behind the other in the channels, or added.
+
+    Args:
+        *branches: The modules.
+        add: Add the maps.
+    """
+
+    def __init__(self, *branches: nn.Module, add: bool = False):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.add = add
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all on the same map."""
+        outs = [branch(x) for branch in self.branches]
+        return torch.stack(outs).sum(0) if self.add else torch.cat(outs, dim=1)
+
+
+class Split(nn.Module):
+    """Each of several modules on channels of its own.
+
+    Args:
+        widths: Channels that each is given.
+        *branches: The modules.
+    """
+
+    def __init__(self, widths: Sequence[int], *branches: nn.Module):
+        super().__init__()
+        self.widths = list(widths)
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut the channels, run, and put them together again."""
+        parts = x.split(self.widths, dim=1)
+        outs = [branch(parts[i]) for i, branch in enumerate(self.branches)]
+        return torch.cat(outs, dim=1)
+
+
+class ChannelShuffle(nn.Module):
+    """Channel ``i`` of every group, then channel ``i + 1`` of every group, and so on.
+
+    Args:
+        groups: Number of groups.
+    """
+
+    def __init__(self, groups: int):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Put the channels in another order."""
+        return rearrange(x, "b (g c) h w -> b (c g) h w", g=self.groups)
