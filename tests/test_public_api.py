@@ -13,8 +13,8 @@ PUBLIC = [
     "Impl", "MeasurementError", "MixFFN", "MultiGrid", "Plan", "SeparableConv", "SparseGrid",
     "SurgeryError", "TokenConvError", "TokenGrid", "UnknownNameError", "compare", "cost",
     "create_block", "depthwise_conv", "fold_", "freeze_grid_", "insert_", "keep_tokens",
-    "list_blocks", "load_", "map_to_tokens", "param_groups", "plan", "remove_", "save",
-    "tokens_to_map", "trainable_",
+    "list_blocks", "load_", "load_official", "map_to_tokens", "param_groups", "plan", "remove_",
+    "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

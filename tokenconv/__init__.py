@@ -6,7 +6,14 @@ Needs torch and einops; timm is imported when surgery is used, matplotlib when a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tokenconv.blocks import BLOCKS, BlockInfo, MixFFN, create_block, list_blocks
+from tokenconv.blocks import (
+    BLOCKS,
+    BlockInfo,
+    MixFFN,
+    create_block,
+    list_blocks,
+    load_official,
+)
 from tokenconv.costs import Cost, cost
 from tokenconv.errors import (
     CheckpointError,
@@ -67,6 +74,7 @@ __all__ = [
     "keep_tokens",
     "list_blocks",
     "load_",
+    "load_official",
     "map_to_tokens",
     "param_groups",
     "plan",

@@ -370,7 +370,9 @@ def test_parameter_counts_are_the_published_formulas(name, kwargs, count):
     [
         ("shunted_ffn", 0.02, (2 / 9) ** 0.5),
         ("conv_glu", 0.02, (2 / 9) ** 0.5),
-        ("moga_ffn", 0.02, (2 / 9) ** 0.5),
+        ("moga_ffn", (2 / 1024) ** 0.5, (2 / 9) ** 0.5),
+        ("efficientformerv2_ffn", 0.02, 1 / 3 / 3**0.5),
+        ("mlp", 0.02, None),
         ("conv2former_mlp", 0.02, 0.02),
         ("fastvit_ffn", 0.02, 0.02),
         ("uformer_leff", 0.02, 1 / 3 / 3**0.5),
@@ -382,9 +384,23 @@ def test_starts_as_the_papers_code_does(name, linear, conv):
     torch.manual_seed(0)
     block = tc.create_block(name, dim=64, mlp_ratio=24 if name == "conv_glu" else 16)
     first = next(m for m in block.modules() if isinstance(m, nn.Linear))
-    kernel = next(m for m in block.modules() if isinstance(m, tc.DWConv))
     assert first.weight.std().item() == pytest.approx(linear, rel=0.05)
+    if conv is None:
+        return
+    kernel = next(m for m in block.modules() if isinstance(m, tc.DWConv))
     assert kernel.weight.std().item() == pytest.approx(conv, rel=0.05)
+
+
+def test_the_attention_of_uformer_has_width_three_at_any_width():
+    assert tc.create_block("uformer_leff", dim=128, eca=True).eca.conv.weight.shape == (1, 1, 3)
+    locality = tc.create_block("localvit_ffn", dim=128, act="hs+eca")
+    assert locality.branch.gate.conv.weight.shape == (1, 1, 5)
+
+
+def test_the_aggregation_of_moganet_starts_wide():
+    torch.manual_seed(0)
+    block = tc.create_block("moga_ffn", dim=64, mlp_ratio=16)
+    assert block.aggregate.fc.weight.std().item() == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_channel_aggregation_starts_near_the_identity():

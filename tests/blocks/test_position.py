@@ -150,7 +150,7 @@ def test_parameter_counts_are_the_published_formulas():
 @pytest.mark.parametrize(
     ("name", "std"),
     [("peg", (2 / 9) ** 0.5), ("lpu", (2 / 9 / 512) ** 0.5), ("cpe", 1 / 3 / 3**0.5),
-     ("dpe", 1 / 3 / 3**0.5), ("rep_cpe", 0.02)],
+     ("dpe", 1 / 3 / 3**0.5), ("rep_cpe", 1 / 7 / 3**0.5)],
 )  # fmt: skip
 def test_starts_as_the_papers_code_does(name, std):
     torch.manual_seed(0)

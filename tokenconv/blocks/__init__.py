@@ -2,6 +2,16 @@
 
 from tokenconv.blocks.catalogue import BLOCKS, block_info, create_block, list_blocks
 from tokenconv.blocks.ffn import MixFFN
+from tokenconv.blocks.official import load_official
 from tokenconv.blocks.registry import BlockInfo, Paper
 
-__all__ = ["BLOCKS", "BlockInfo", "MixFFN", "Paper", "block_info", "create_block", "list_blocks"]
+__all__ = [
+    "BLOCKS",
+    "BlockInfo",
+    "MixFFN",
+    "Paper",
+    "block_info",
+    "create_block",
+    "list_blocks",
+    "load_official",
+]

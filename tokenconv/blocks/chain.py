@@ -179,6 +179,11 @@ def init_pvt_(module: nn.Module) -> None:
     _init_(module, linear=_truncated_, conv=_by_kernel_)
 
 
+def init_pvt_convs_(module: nn.Module) -> None:
+    """As ``init_pvt_`` where all layers are convolutions: linear ones of std ``sqrt(2 / out)``."""
+    _init_(module, linear=_kaiming_, conv=_by_kernel_)
+
+
 def init_truncated_(module: nn.Module) -> None:
     """Everything from a truncated normal of std 0.02, biases zero."""
     _init_(module, linear=_truncated_, conv=_truncated_)

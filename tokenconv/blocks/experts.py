@@ -64,6 +64,12 @@ class ExpertConv(nn.Module):
             bound = 1 / math.sqrt(self.weight[0, 0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def init_neutral_(self) -> None:
+        """Make all kernels zero; the gates stay."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve every map ``(C, H, W)`` of the batch with a kernel of its own."""
         gates = self.routing(x.mean((2, 3))).to(self.weight.dtype)
@@ -356,21 +362,27 @@ class NoisyTopOne(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all experts, and give each image what its own made of it."""
-        means = x.mean((2, 3))
-        clean = means @ self.w_gate
-        logits = clean
-        if self.training:
-            std = F.softplus(means @ self.w_noise) + 1e-2
-            logits = clean + torch.randn_like(clean) * std
-            loss = _imbalance(clean, logits, std)
-            self.loss = loss if isinstance(loss, Tensor) else None  # not while fx traces
+        chosen = _choose(x.mean((2, 3)), self.w_gate, self.w_noise, self.training)
+        loss = chosen[1]
+        self.loss = loss if isinstance(loss, Tensor) else None  # not while fx traces
         outs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        choice = logits.argmax(dim=1).reshape(-1, 1, 1, 1, 1)
-        return outs.take_along_dim(choice, dim=1).squeeze(1)
+        return outs.take_along_dim(chosen[0].reshape(-1, 1, 1, 1, 1), dim=1).squeeze(1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loss: a tensor on a graph can neither be copied nor pickled."""
         return {**self.__dict__, "loss": None}
+
+
+def _choose(
+    means: Tensor, w_gate: Tensor, w_noise: Tensor, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The expert of each image, and the loss; one fx node, the same in both modes."""
+    clean = means @ w_gate
+    if not training:
+        return clean.argmax(dim=1), None
+    std = F.softplus(means @ w_noise) + 1e-2
+    logits = clean + torch.randn_like(clean) * std
+    return logits.argmax(dim=1), _imbalance(clean, logits, std)
 
 
 def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
@@ -387,4 +399,4 @@ def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
     return 1e-2 * torch.stack(variations).sum()
 
 
-torch.fx.wrap("_imbalance")
+torch.fx.wrap("_choose")

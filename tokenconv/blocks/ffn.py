@@ -18,6 +18,7 @@ from tokenconv.blocks.chain import (
     init_kaiming_,
     init_linears_,
     init_pvt_,
+    init_pvt_convs_,
     init_torch_,
     init_truncated_,
 )
@@ -148,8 +149,7 @@ class UformerLeFF(FeedForward):
     """Uformer's locally-enhanced feed-forward: two activations, no norm.
 
     ``fc1 -> activation -> DWConv -> activation -> fc2 -> [ECA]``. The paper has no prefix tokens;
-    here they skip the convolution and take the rest. Parameters as ``MixFFN``, and the width of the
-    ECA kernel.
+    here they skip the convolution and take the rest. Parameters as ``MixFFN``, and 3 with ECA.
 
     Args besides those of ``FeedForward``:
         eca: Scale the channels that come out by efficient channel attention.
@@ -168,7 +168,7 @@ class UformerLeFF(FeedForward):
             "dwconv": parts.conv(),
             "act2": parts.act(),
             "fc2": parts.project(),
-            "eca": EfficientChannelAttention(parts.dim) if eca else None,
+            "eca": EfficientChannelAttention(parts.dim, kernel_size=3) if eca else None,
         }
 
 
@@ -326,6 +326,8 @@ class EfficientFormerV2FFN(FeedForward):
         https://arxiv.org/abs/2212.08059
     """
 
+    init = staticmethod(init_linears_)
+
     def steps(self, parts: Parts) -> Steps:
         """See the class."""
         return {
@@ -408,7 +410,7 @@ class MogaFFN(FeedForward):
         https://arxiv.org/abs/2211.03295
     """
 
-    init = staticmethod(init_pvt_)
+    init = staticmethod(init_pvt_convs_)
 
     def steps(self, parts: Parts) -> Steps:
         """See the class."""
@@ -527,7 +529,6 @@ class MultiScaleFFN(MixFFN):
     """
 
     mlp_ratio = 0.25
-    init = staticmethod(init_linears_)
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Run the feed-forward on tokens ``(B, P + 21*H*W/4, C)``."""

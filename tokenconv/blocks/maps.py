@@ -103,7 +103,10 @@ class MapBlock(GridModule):
     def init_neutral_(self) -> None:
         """Make what the steps give zero, by the last of them; the others start anew."""
         type(self).reset_parameters(self)
-        last = [step for step in self.body if next(step.parameters(), None) is not None][-1]
+        last: Any = [step for step in self.body if next(step.parameters(), None) is not None][-1]
+        if hasattr(last, "init_neutral_"):
+            last.init_neutral_()
+            return
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
 

@@ -14,7 +14,6 @@ from tokenconv.blocks.chain import (
     init_linears_,
     init_pvt_,
     init_torch_,
-    init_truncated_,
 )
 from tokenconv.grid import Grid
 from tokenconv.layers import BatchNorm, DWConv, GridModule
@@ -113,15 +112,14 @@ class DPE(PositionalConv):
 class RepCPE(PositionalConv):
     """Conditional position encoding of FastViT, with a 7x7 kernel: in front of a stage.
 
-    ``fold_`` makes one convolution of it. The paper has no prefix tokens. The kernel starts from a
-    truncated normal of std 0.02.
+    ``fold_`` makes one convolution of it. The paper has no prefix tokens. The kernel starts as
+    that of ``nn.Conv2d``.
 
     References:
         https://arxiv.org/abs/2303.14189
     """
 
     kernel_size = 7
-    init = staticmethod(init_truncated_)
 
 
 class LPI(Chain):

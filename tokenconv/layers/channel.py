@@ -62,22 +62,30 @@ class SqueezeExcite(GridModule):
 
 
 class EfficientChannelAttention(GridModule):
-    """``x * gate(conv1d(mean(x)))``: a convolution along the channels, odd width t or t + 1.
+    """``x * gate(conv1d(mean(x)))``: a convolution along the channels.
 
-    ``t = int(abs((log2(C) + 1) / 2))``. The mean is over the grid, without the prefix.
+    The mean is over the grid, without the prefix.
 
     Args:
         dim: Channels C.
         gate_layer: Makes the gate.
+        kernel_size: Odd width of the convolution; None takes the paper's, t or t + 1 of
+            ``t = int(abs((log2(C) + 1) / 2))``.
 
     References:
         https://arxiv.org/abs/1910.03151
     """
 
-    def __init__(self, dim: int, *, gate_layer: Callable[[], nn.Module] = nn.Sigmoid):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        gate_layer: Callable[[], nn.Module] = nn.Sigmoid,
+        kernel_size: int | None = None,
+    ):
         super().__init__()
         t = int(abs((math.log2(dim) + 1) / 2))
-        width = t if t % 2 else t + 1
+        width = kernel_size or (t if t % 2 else t + 1)
         self.conv = nn.Conv1d(1, 1, width, padding=width // 2, bias=False)
         self.gate = gate_layer()
 

@@ -67,7 +67,7 @@ class SeparableConv(GridModule):
 
     def init_neutral_(self) -> None:
         """Make the output zero; gradients reach the pointwise part first."""
-        self.reset_parameters()
+        type(self).reset_parameters(self)  # surgery hides it
         for parameter in self.pointwise.parameters():
             nn.init.zeros_(parameter)
 
