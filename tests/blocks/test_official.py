@@ -208,8 +208,8 @@ def convmlp():
     def part():
         return nested(fc1=nn.Linear(D, 2 * D), fc2=nn.Linear(2 * D, D))
 
-    return Net(run, norm1=nn.LayerNorm(D), channel_mlp1=part(), norm2=nn.LayerNorm(D),
-               connect=dw(D, bias=False), connect_norm=nn.LayerNorm(D), channel_mlp2=part())  # fmt: skip
+    norms = {name: nn.LayerNorm(D) for name in ("norm1", "connect_norm", "norm2")}
+    return Net(run, channel_mlp1=part(), connect=dw(D, bias=False), channel_mlp2=part(), **norms)
 
 
 def replknet():

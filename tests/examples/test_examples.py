@@ -53,3 +53,18 @@ def test_profile_memory_speed_prints_costs_and_measurements_and_keeps_traces(run
     assert "https://ui.perfetto.dev" in printed
     for arm in ("plain", "mix_ffn"):
         assert len(list(traces.glob(f"{arm}/*.pt.trace.json.gz"))) == 2
+
+
+def test_video_tokens_are_mixed_over_frames_and_leave_the_logits(run):
+    printed = run("video_tokens.py", "test_vit", "--frames", "5")
+    assert "grid (5, 10, 10): 500 tokens; logits (2, 1000)" in printed
+    assert "zero kernel: tokens are bit-equal: True" in printed
+    assert "DWConv: [2]" in printed
+    assert "DWConv3d: [1, 2, 3]" in printed
+
+
+def test_rgbd_tokens_do_not_meet_in_a_convolution(run):
+    printed = run("rgbd_tokens.py")
+    assert "maps ((6, 10), (3, 5)), 76 tokens; logits (2, 10)" in printed
+    assert "leaves the photograph's convolutions alone: True" in printed
+    assert "but not the logits: True" in printed

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tokenconv.blocks import BLOCKS, list_blocks
+from tokenconv.blocks.listing import to_json, to_markdown
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.profiling import compare, report_folder, steady_allocator, write_report
@@ -23,7 +24,14 @@ def run_list(args: argparse.Namespace) -> None:
     if args.families:
         print(format_matrix(args.pattern))
         return
-    for name in list_blocks(args.pattern):
+    if args.markdown:
+        print(to_markdown())
+        return
+    names = list_blocks(args.pattern)
+    if args.json:
+        print(to_json(names))
+        return
+    for name in names:
         info = BLOCKS[name]
         sites = ", ".join(info.sites) or "none, it is a block by itself"
         policy = f"prefix tokens: {info.prefix_policy}"

@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="list the blocks")
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
-    listing.add_argument(
+    form = listing.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the blocks as JSON")
+    form.add_argument(
+        "--markdown", action="store_true", help="print the page of all blocks, BLOCKS.md"
+    )
+    form.add_argument(
         "--families", action="store_true", help="list the timm families, and what each can take"
     )
 

@@ -1,0 +1,79 @@
+"""The catalogue as JSON and as a page; nothing in them is typed by hand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from tokenconv.blocks.catalogue import BLOCKS
+from tokenconv.blocks.official import sources_of
+from tokenconv.blocks.registry import BlockInfo, Paper
+
+_INTRODUCTION = """# Blocks
+
+Made by `tokenconv list --markdown > BLOCKS.md`; do not edit. One row per paper.
+
+`tc.create_block(name, dim, **arguments)` builds one. C is `dim`, O the channels that come out, h
+the hidden width, w that of a bottleneck, K the kernel side, E the experts, N the tokens on the
+grid. Parameters and multiply-accumulates (for one image) are those of the block as it is built
+without arguments. Sites are where `tc.insert_` puts it (`site=`), the usual one first. `source=` is
+for `tc.load_official`, which takes weights under the keys of that paper's repository. Every block
+is compared with code we did not write, or with a reference written from the paper's facts, in the
+test that its row links to.
+"""
+_GROUPS = {
+    "ffn": ("Feed-forwards", "In place of the MLP of a Transformer block, or beside it."),
+    "position": ("Position and local", "In front of a block, or beside its parts."),
+    "adapter": ("Adapters", "Trained beside or behind what is frozen."),
+    "separable": (
+        "Depthwise separable family",
+        "On maps `(B, C, H, W)` and on tokens, most with `out_dim` and `stride`.",
+    ),
+}
+_COLUMNS = (
+    "paper", "block", "computes", "parameters", "multiply-accumulates", "prefix tokens",
+    "sites", "`source=`", "test",
+)  # fmt: skip
+
+
+def to_json(names: Sequence[str]) -> str:
+    """Rows of the catalogue, a list of objects."""
+    return json.dumps([_row(name, BLOCKS[name]) for name in names], indent=1)
+
+
+def to_markdown() -> str:
+    """The whole catalogue as a page with a row per paper."""
+    lines = [_INTRODUCTION]
+    for group, (title, about) in _GROUPS.items():
+        lines += [f"## {title}", "", about, "", _cells(_COLUMNS), _cells(["---"] * len(_COLUMNS))]
+        for name, info in BLOCKS.items():
+            if info.group == group:
+                lines += [_cells(_entry(name, info, paper)) for paper in info.papers]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _row(name: str, info: BlockInfo) -> dict[str, object]:
+    facts = asdict(info)
+    facts.pop("factory")
+    sites, sources = list(info.sites), sources_of(name)
+    return {"name": name, **facts, "paper": info.paper, "sites": sites, "sources": sources}
+
+
+def _entry(name: str, info: BlockInfo, paper: Paper) -> list[str]:
+    call = f"{name}({paper.arguments})" if paper.arguments else name
+    file, _, test = info.parity_test.partition("::")
+    return [
+        f"[{paper.name}]({paper.url})",
+        f"`{call}`",
+        f"`{info.formula}`",
+        f"`{info.params}`",
+        f"`{info.macs}`",
+        info.prefix_policy,
+        ", ".join(f"`{site}`" for site in info.sites) or "none",
+        ", ".join(f"`{source}`" for source in sources_of(name)) or "none",
+        f"[{test}]({file})",
+    ]
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
