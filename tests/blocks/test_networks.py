@@ -94,9 +94,9 @@ class Pyramid(nn.Module):
 
     def __init__(self, size, mlp_ratios=(8, 8, 4, 4), linear=False, eps=1e-6):
         super().__init__()
-        dims = (32, 64, 160, 256) if size == "b0" else (64, 128, 320, 512)
+        dims, depths = SIZES[size]
         rows = zip(
-            pairwise((3, *dims)), DEPTHS[size], (1, 2, 5, 8), (8, 4, 2, 1), mlp_ratios, strict=True
+            pairwise((3, *dims)), depths, (1, 2, 5, 8), (8, 4, 2, 1), mlp_ratios, strict=True
         )
         self.stages = nn.Sequential()
         for (in_dim, dim), depth, heads, reduction, ratio in rows:
@@ -148,15 +148,10 @@ class PlainViT(nn.Module):
         return self.head(self.norm(last))
 
 
-def vit(dim, heads, block="mlp", **options):
+def vit(dim, heads, block="mlp", *, norm2=True, images=(224, 224), **options):
     stem = nn.Sequential(nn.Conv2d(3, dim, 16, 16))
-    return PlainViT(stem, partial(tc.create_block, block), heads, **options)
-
-
-def localvit(dim, heads, act="hs", reduction=4, **options):
-    stem = nn.Sequential(nn.Conv2d(3, dim, 16, 16))
-    ffn = partial(tc.create_block, "localvit_ffn", act=act, reduction=reduction)
-    return PlainViT(stem, ffn, heads, norm2=False, **options)
+    ffn = partial(tc.create_block, block, **options)
+    return PlainViT(stem, ffn, heads, norm2=norm2, images=images)
 
 
 def ceit(dim, heads, **options):
@@ -167,14 +162,18 @@ def ceit(dim, heads, **options):
     return PlainViT(stem, partial(tc.create_block, "leff"), heads, layerwise=True, **options)
 
 
-DEPTHS = {
-    "b0": (2, 2, 2, 2),
-    "b1": (2, 2, 2, 2),
-    "b2": (3, 4, 6, 3),
-    "b3": (3, 4, 18, 3),
-    "b4": (3, 8, 27, 3),
-    "b5": (3, 6, 40, 3),
+NARROW, WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
+SIZES = {
+    "b0": (NARROW, (2, 2, 2, 2)),
+    "b1": (WIDE, (2, 2, 2, 2)),
+    "b2": (WIDE, (3, 4, 6, 3)),
+    "b3": (WIDE, (3, 4, 18, 3)),
+    "b4": (WIDE, (3, 8, 27, 3)),
+    "b5": (WIDE, (3, 6, 40, 3)),
 }
+"""Widths and depths of the stages of PVTv2 and MiT."""
+
+localvit = partial(vit, block="localvit_ffn", norm2=False)
 mit = partial(Pyramid, mlp_ratios=(4, 4, 4, 4))
 PVT_V2 = {
     "pvt_v2_b0": (partial(Pyramid, "b0"), 3_666_760),
@@ -188,10 +187,10 @@ PVT_V2 = {
 PLAIN = {
     "CeiT-T": (partial(ceit, 192, 3), 6_356_904),
     "CeiT-S": (partial(ceit, 384, 6), 24_204_840),
-    "LocalViT-T": (partial(localvit, 192, 4), 5_825_704),
-    "LocalViT-T, SE 192": (partial(localvit, 192, 4, "hs+se", 192), 5_908_696),
-    "LocalViT-T, SE 4": (partial(localvit, 192, 4, "hs+se", 4), 9_376_168),
-    "LocalViT-S": (partial(localvit, 384, 8, "hs+se", 384), 22_433_176),
+    "LocalViT-T": (partial(localvit, 192, 4, act="hs"), 5_825_704),
+    "LocalViT-T, SE 192": (partial(localvit, 192, 4, reduction=192), 5_908_696),
+    "LocalViT-T, SE 4": (partial(localvit, 192, 4, reduction=4), 9_376_168),
+    "LocalViT-S": (partial(localvit, 384, 8, reduction=384), 22_433_176),
 }
 COUNTS = {**PVT_V2, **PLAIN}
 SEGFORMER = {"b0": 3.8, "b1": 13.7, "b2": 27.5, "b3": 47.3, "b4": 64.1, "b5": 84.7}
@@ -228,9 +227,10 @@ def test_count_of_segformer_is_the_published_one(size):
 
 
 def segformer_config(size):
+    widths, depths = SIZES[size]
     return SegformerConfig(
-        depths=DEPTHS[size],
-        hidden_sizes=(32, 64, 160, 256) if size == "b0" else (64, 128, 320, 512),
+        depths=depths,
+        hidden_sizes=widths,
         decoder_hidden_size=256 if size in ("b0", "b1") else 768,
         num_labels=150,
         attn_implementation="sdpa",

@@ -1,4 +1,4 @@
-"""Whole networks of our blocks: their published counts, and the outputs of code we did not write."""
+"""Whole networks of our blocks: their published counts, and the outputs of code not ours."""
 
 import bsconv.pytorch
 import pytest

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,9 +25,12 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from tokenconv import BLOCKS, insert_, list_blocks, plan
+from tokenconv.blocks.official import SOURCES
 from tokenconv.cli import commands, main
 from tokenconv.cli.inputs import build_model, load_images
 from tokenconv.errors import MeasurementError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -428,6 +432,39 @@ def test_list_prints_a_line_per_block(capsys: pytest.CaptureFixture[str], patter
         assert {info.group, info.paper} <= set(line.split())
         assert info.prefix_policy in line
     assert bool(names) is (pattern != "nothing*")
+
+
+@pytest.mark.parametrize("pattern", [None, "*ffn*", "nothing*"])
+def test_list_as_json_says_all_that_is_known(
+    capsys: pytest.CaptureFixture[str], pattern: str | None
+):
+    assert main(["list", *([pattern] if pattern else []), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list_blocks(pattern or "*")
+    for row in rows:
+        info = BLOCKS[row["name"]]
+        assert row["sites"] == list(info.sites)
+        assert row["sources"] == [s for s, of in SOURCES.items() if row["name"] in of]
+        assert row["paper"] == f"https://arxiv.org/abs/{row['papers'][0]['arxiv']}"
+        for field in ("group", "prefix_policy", "params", "macs", "formula", "kind", "parity_test"):
+            assert row[field] == getattr(info, field)
+
+
+def test_the_page_of_blocks_is_the_one_that_is_kept(capsys: pytest.CaptureFixture[str]):
+    assert main(["list", "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert page == (ROOT / "BLOCKS.md").read_text(), "tokenconv list --markdown > BLOCKS.md"
+    table = [line for line in page.splitlines() if line.startswith("| [")]
+    assert len(table) == sum(len(info.papers) for info in BLOCKS.values())
+    for link in re.findall(r"\]\((tests/[^)]+)\)", page):
+        assert (ROOT / link).is_file()
+
+
+def test_list_prints_one_thing_at_a_time(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["list", "--json", "--families"])
+    assert stop.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

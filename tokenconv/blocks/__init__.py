@@ -1,5 +1,7 @@
 """What stands in a Transformer, and ``BLOCKS``, the one list of it."""
 
+from tokenconv.blocks.adapters import conv_lora_loss
+from tokenconv.blocks.blueprint import bsconv_reg_loss, orthonormal_loss
 from tokenconv.blocks.catalogue import BLOCKS, block_info, create_block, list_blocks
 from tokenconv.blocks.ffn import MixFFN
 from tokenconv.blocks.official import load_official
@@ -11,7 +13,10 @@ __all__ = [
     "MixFFN",
     "Paper",
     "block_info",
+    "bsconv_reg_loss",
+    "conv_lora_loss",
     "create_block",
     "list_blocks",
     "load_official",
+    "orthonormal_loss",
 ]

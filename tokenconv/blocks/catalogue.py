@@ -416,7 +416,7 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
             formula="x + s * up(down(x)), up in groups",
             params="C*w + w + C*w//2 + C",
             macs="N*(C*w + C*w//2)",
-            sites=_everywhere(RepAdapter, "before_attn"),
+            sites=_everywhere(RepAdapter, "before_attn", "before_mlp"),
         ),
         "adaptformer": _row(
             "adapter",

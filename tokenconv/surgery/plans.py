@@ -166,9 +166,9 @@ def plan(
             all stages, or by a regular expression searched in their names; None takes all that
             have the site.
         site: Where in a block: ``before_act`` or ``after_act`` (inside the MLP; in a gated one the
-            gate half), ``beside_mlp``, ``before_attn``, ``beside_attn``, ``before_block``,
-            ``after_block``, or ``replace_attn``, which changes the output. None takes the usual
-            place of the block; ``tokenconv list`` shows it.
+            gate half), ``before_mlp``, ``beside_mlp``, ``before_attn``, ``beside_attn``,
+            ``before_block``, ``after_block``, or ``replace_attn``, which changes the output. None
+            takes the usual place of the block; ``tokenconv list`` shows it.
         filter_fn: ``filter_fn(module, name)`` says whether to change a Transformer block.
         input_size: ``(C, H, W)`` of the image to plan with; None takes the one that the model was
             built for.

@@ -23,6 +23,7 @@ SITES = {
     "after_act": "act",
     "merge_conv": "conv",
     "remove_conv": "conv",
+    "before_mlp": "mlp",
     "beside_mlp": "mlp",
     "before_attn": "attn",
     "beside_attn": "attn",
@@ -314,7 +315,7 @@ class _Look:
         if not isinstance(x, Tensor):
             raise SurgeryError(f"{name} is not given tokens as its first argument")
         gave = record.gave
-        if site not in ("before_block", "after_block", "before_attn") and (
+        if site not in ("before_block", "after_block", "before_attn", "before_mlp") and (
             record.returns_more or not isinstance(gave, Tensor) or gave.shape != x.shape
         ):
             raise SurgeryError(f"{name} does not return tokens of the shape that it is given")
