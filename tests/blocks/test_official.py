@@ -552,16 +552,16 @@ def test_a_model_loads_with_what_is_around_its_blocks():
 
 def test_one_block_in_several_places_loads():
     """As CoaT, which has one encoding for a stage and stores it under the names of all blocks."""
-    cpe = tc.create_block("cpe", D)
-    model = nn.ModuleDict({"cpe1": cpe, "blocks": nn.ModuleList([nn.ModuleDict({"cpe": cpe})])})
+    peg = tc.create_block("peg", D)
+    model = nn.ModuleDict({"peg": peg, "blocks": nn.ModuleList([nn.ModuleDict({"peg": peg})])})
     weight, bias = torch.randn(D, 1, 3, 3), torch.randn(D)
     state = {
-        f"{path}.proj.{name}": value
-        for path in ("cpe1", "blocks.0.cpe")
+        f"{path}.proj.0.{name}": value
+        for path in ("peg", "blocks.0.peg")
         for name, value in (("weight", weight), ("bias", bias))
     }
-    load_official(model, state, source="coat")
-    assert torch.equal(cpe.proj.weight, weight)
+    load_official(model, state, source="twins")
+    assert torch.equal(peg.proj.weight, weight)
 
 
 def test_statistics_from_before_torch_counted_load():

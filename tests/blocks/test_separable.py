@@ -226,8 +226,8 @@ for stride, out in [(1, 12), (1, 20), (2, 20)]:
             BSConvU, 12, out, 3, stride, 1, bias=not bn, with_bn=bn), bias=not bn, with_bn=bn,
             **size)  # fmt: skip
         case(f"{label} {bn}", "bsconv_s", partial(
-            BSConvS, 12, out, 5, stride, 4, 2, p=0.5, with_bn=bn), kernel_size=5, dilation=2,
-            p=0.5, with_bn=bn, **size)  # fmt: skip
+            BSConvS, 12, out, 5, stride, 4, 2, p=0.45, with_bn=bn), kernel_size=5, dilation=2,
+            p=0.45, with_bn=bn, **size)  # fmt: skip
     case(label, "esp", partial(LiteralESP, 12, out, stride, add=out == 12), **size)
     case(label, "condconv", partial(WithRouting, 12, out, stride, 4, True), groups=4, bias=True,
          **size)  # fmt: skip

@@ -47,6 +47,17 @@ def hybrid(case, disturb_):
     return build
 
 
+@on_vit
+@torch.no_grad()
+def test_what_stands_between_the_parts_is_scripted(hybrid, case):
+    model, images = hybrid("separable_ffn", "beside_mlp")
+    for inserted in inserted_modules(model).values():
+        inserted.act = torch.nn.ReLU()
+    before = model(images)
+    scripted = torch.jit.script(freeze_grid_(model, case.size))
+    assert torch.equal(scripted(images), before)
+
+
 @sites(*SITES)
 @torch.no_grad()
 def test_scripted_equals_eager_and_goes_back(hybrid, case, block, site):

@@ -370,7 +370,7 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source
 
 
 def _rows_of(module: nn.Module, source: str) -> list[tuple[str, Renames]]:
-    """Where blocks of a source are, the inner ones first, and their names there."""
+    """Where blocks of a source are, and their names there."""
     kinds: dict[type[nn.Module], Any] = {
         _class_of(name): row for name, row in SOURCES[source].items()
     }
@@ -386,7 +386,7 @@ def _rows_of(module: nn.Module, source: str) -> list[tuple[str, Renames]]:
             f"weights of {source} are for {' and '.join(SOURCES[source])}, and this "
             f"{type(module).__name__} has none of them"
         )
-    return sorted(rows, key=lambda found: -len(found[0]))
+    return rows
 
 
 def _class_of(name: str) -> Any:
