@@ -1,12 +1,14 @@
 import pytest
 import torch
 from timm.layers import Mlp
+from timm.models.metaformer import StarReLU as TimmStarReLU
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 from transformers import SegformerConfig
 from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 
 import tokenconv as tc
+from tokenconv.layers import StarReLU
 
 
 def randomize_(module):
@@ -33,12 +35,22 @@ def assert_same(ours, theirs, call_theirs, rows, cols):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_mlp_matches_timm():
-    theirs = Mlp(10, 30, dtype=torch.float64)
+@pytest.mark.parametrize("metaformer", [False, True])
+def test_mlp_matches_timm(metaformer):
+    of_both = {"bias": False} if metaformer else {}
+    theirs = Mlp(10, 30, act_layer=TimmStarReLU if metaformer else nn.GELU, **of_both).double()
     randomize_(theirs)
-    ours = tc.create_block("mlp", dim=10, mlp_ratio=3).double()
+    act_layer = StarReLU if metaformer else nn.GELU
+    ours = tc.create_block("mlp", dim=10, mlp_ratio=3, act_layer=act_layer, **of_both).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert_same(ours, theirs, theirs, 5, 7)
+
+
+def test_star_relu_starts_as_timms():
+    theirs = TimmStarReLU().state_dict()
+    ours = tc.create_block("mlp", dim=10, act_layer=StarReLU).act.state_dict()
+    assert ours == theirs
+    assert set(ours) == {"scale", "bias"}
 
 
 @pytest.mark.parametrize("linear", [False, True])

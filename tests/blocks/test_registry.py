@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import tokenconv as tc
 from tokenconv.blocks.adapters import Adapter
 from tokenconv.blocks.feed_forward import FeedForward
 from tokenconv.blocks.ffn import MultiScaleFFN
+from tokenconv.layers import StarReLU
 
 ROOT = Path(__file__).parents[2]
 TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind != "scales"]
@@ -104,7 +106,7 @@ def test_the_formulas_of_a_row_are_what_the_block_counts(name):
 
 @pytest.mark.parametrize(("name", "paper"), ENTRIES, ids=[f"{n}-{p.name}" for n, p in ENTRIES])
 def test_the_arguments_of_a_paper_are_those_of_the_block(name, paper):
-    kwargs = eval(f"dict({paper.arguments})", {"nn": nn})
+    kwargs = eval(f"dict({paper.arguments})", {"nn": nn, "StarReLU": StarReLU})
     assert isinstance(tc.create_block(name, dim=16, **kwargs), nn.Module)
     assert paper.url.startswith("https://arxiv.org/abs/")
 
@@ -130,5 +132,9 @@ def test_every_parity_test_is_collected():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *nodes]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    for node in nodes:
-        assert node in found.stdout
+    tests = found.stdout.splitlines()
+    for name, info in tc.BLOCKS.items():
+        node = info.parity_test
+        shared = [other for other, row in tc.BLOCKS.items() if row.parity_test == node]
+        own = rf"\[{name}[ \-\]]" if len(shared) > 1 else ""
+        assert any(re.match(re.escape(node) + own, test) for test in tests), name

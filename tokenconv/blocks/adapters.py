@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps, init_torch_
 from tokenconv.blocks.experts import NoisyTopOne, ScaleExperts
 from tokenconv.grid import AnyGrid, Grid
-from tokenconv.layers import DWConv, GridConv, GridModule
+from tokenconv.layers import DWConv, GridConv, GridModule, QuickGELU
 from tokenconv.ops.depthwise_conv import Impl
-
-
-class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 * x)``, CLIP's activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Activate."""
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Scale(nn.Module):

@@ -111,6 +111,7 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
             MLP,
             Paper("UniFormer", "2201.04676"),
             Paper("iFormer", "2205.12956"),
+            Paper("ConvFormer", "2210.13452", "bias=False, act_layer=StarReLU"),
             formula="fc2(act(fc1(x)))",
             params="2*C*h + h + C",
             macs="N*2*C*h",

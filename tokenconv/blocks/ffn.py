@@ -37,22 +37,27 @@ from tokenconv.layers import (
 class MLP(FeedForward):
     """The feed-forward of a Transformer, without a convolution: what the others are compared with.
 
-    ``fc1 -> activation -> dropout -> fc2 -> dropout``; UniFormer's and iFormer's. Prefix tokens
-    take part. Parameters: ``2*C*h + h + C``. Keys as in ``timm.layers.Mlp``.
+    ``fc1 -> activation -> dropout -> fc2 -> dropout``; UniFormer's and iFormer's, and ConvFormer's
+    without biases and with ``act_layer=StarReLU``. Prefix tokens take part. Parameters:
+    ``2*C*h + h + C``. Keys as in ``timm.layers.Mlp``.
+
+    Args besides those of ``FeedForward``:
+        bias: Learn offsets.
 
     References:
-        UniFormer, https://arxiv.org/abs/2201.04676; iFormer, https://arxiv.org/abs/2205.12956
+        UniFormer, https://arxiv.org/abs/2201.04676; iFormer, https://arxiv.org/abs/2205.12956;
+        ConvFormer, https://arxiv.org/abs/2210.13452
     """
 
     init = staticmethod(init_linears_)
 
-    def steps(self, parts: Parts) -> Steps:
+    def steps(self, parts: Parts, bias: bool = True) -> Steps:
         """See the class."""
         return {
-            "fc1": parts.expand(),
+            "fc1": parts.expand(bias=bias),
             "act": parts.act(),
             "drop1": parts.drop(),
-            "fc2": parts.project(),
+            "fc2": parts.project(bias=bias),
             "drop2": parts.drop(),
         }
 

@@ -12,7 +12,8 @@ _INTRODUCTION = """# Blocks
 
 Made by `tokenconv list --markdown > BLOCKS.md`; do not edit. One row per paper.
 
-`tc.create_block(name, dim, **arguments)` builds one. C is `dim`, O the channels that come out, h
+`tc.create_block(name, dim, **arguments)` builds one; `nn` is `torch.nn`, and `StarReLU` is in
+`tokenconv.layers`. C is `dim`, O the channels that come out, h
 the hidden width, w that of a bottleneck, K the kernel side, E the experts, N the tokens on the
 grid. Parameters and multiply-accumulates (for one image) are those of the block as it is built
 without arguments. Sites are where `tc.insert_` puts it (`site=`), the usual one first. `source=` is

@@ -1,5 +1,6 @@
 """Modules that own parameters and call one op."""
 
+from tokenconv.layers.activations import QuickGELU, StarReLU
 from tokenconv.layers.base import GridModule
 from tokenconv.layers.channel import (
     BatchNorm,
@@ -19,6 +20,8 @@ __all__ = [
     "GlobalResponseNorm",
     "GridConv",
     "GridModule",
+    "QuickGELU",
     "SeparableConv",
     "SqueezeExcite",
+    "StarReLU",
 ]
