@@ -17,7 +17,12 @@ from tokenconv.surgery.edits import carry_out, edit_for, inserted_modules
 from tokenconv.surgery.plans import rehearse
 from tokenconv.surgery.sites import SITES, survey
 
-BLOCK_FOR = {site: name for name, info in tc.BLOCKS.items() for site in info.sites}
+BLOCK_FOR = {
+    site: name
+    for name, info in tc.BLOCKS.items()
+    for site in info.sites
+    if name != "conv_lora"  # whose gates learn from a loss of their own
+}
 EXACT_SITES = [site for site in SITES if site in BLOCK_FOR and site != "replace_attn"]
 
 
