@@ -64,6 +64,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     vit: Any = timm.create_model(args.model).eval().requires_grad_(False)
+    position = getattr(vit, "pos_embed", None)
+    if position is None or position.shape[1] != vit.patch_embed.num_patches + 1:
+        parser.error(f"expected a ViT with a class token in its position embedding, {args.model}")
     model = VideoModel(vit).eval()
     height, width = vit.patch_embed.img_size
     video = torch.randn(2, args.frames, 3, height, width)  # stands in for your data

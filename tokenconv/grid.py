@@ -69,7 +69,8 @@ class TokenGrid:
             if isinstance(only, (SparseGrid, MultiGrid)):
                 raise GridError(
                     f"expected tokens that fill one grid, got a {type(only).__name__}, on which "
-                    f"only depthwise convolutions run, and blocks made of them"
+                    f"only depthwise convolutions run, and blocks made of them, such as mix_ffn: "
+                    f"take one of these, or keep all tokens"
                 )
             if isinstance(only, (tuple, list)):
                 return cls(tuple(only))

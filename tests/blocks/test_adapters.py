@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import tokenconv as tc
-from tokenconv.blocks.adapters import conv_lora_loss
 from tokenconv.layers import GridConv
 
 DIM, ROWS, COLS, PREFIX = 16, 3, 5, 2
@@ -216,44 +217,91 @@ def literal_loss(means, w_gate, w_noise, noise):
     return 0.01 * (variation(importance) + variation(load)), noisy.argmax(1)
 
 
-def test_the_balance_loss_is_that_of_the_paper():
-    block = build("conv_lora", num_experts=4).train()
+def test_the_balance_loss_of_the_paper_is_added_in_the_backward_pass():
+    block = build("conv_lora", num_experts=4, balance=0.5).train()
     mixture = block.local.experts.body.mixture
     x = torch.randn(6, ROWS * COLS, DIM, dtype=torch.float64)
     means = block.down(x).mean(1)
     torch.manual_seed(3)
     noise = torch.randn(6, 4, dtype=torch.float64)
-    torch.manual_seed(3)
-    out = block(x, ROWS, COLS)
-    loss = conv_lora_loss(block)
     expected, chosen = literal_loss(means, mixture.w_gate, mixture.w_noise, noise)
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
-    gates = [mixture.w_gate, mixture.w_noise, block.down.weight]
-    for a, b in zip(
-        torch.autograd.grad(loss, gates, retain_graph=True),
-        torch.autograd.grad(expected, gates),
-        strict=True,
-    ):
+    gates = [mixture.w_gate, mixture.w_noise]
+    wanted = torch.autograd.grad(50 * expected, [*gates, block.down.weight], retain_graph=True)
+
+    def run(balance):
+        mixture.balance = balance
+        torch.manual_seed(3)
+        return block(x, ROWS, COLS)
+
+    out = run(0.5)
+    grads = torch.autograd.grad(out.sum(), gates, retain_graph=True)
+    for a, b in zip(grads, wanted, strict=False):
+        assert b.abs().max() > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    without = run(0.0)
+    assert torch.equal(out, without)
+    (with_loss,) = torch.autograd.grad(out.sum(), block.down.weight, retain_graph=True)
+    (plain,) = torch.autograd.grad(without.sum(), block.down.weight)
+    torch.testing.assert_close(with_loss - plain, wanted[2], rtol=1e-6, atol=1e-9)
     # the expert of each image is the one that the noisy gates chose
-    taken = torch.autograd.grad(out.sum(), [e[0].weight for e in mixture.experts],
-                                materialize_grads=True)  # fmt: skip
+    kernels = [expert[0].weight for expert in mixture.experts]
+    taken = torch.autograd.grad(out.sum(), kernels, materialize_grads=True)
     assert {i for i, grad in enumerate(taken) if grad.any()} == set(chosen.tolist())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_balance_loss_survives_checkpoints(reentrant):
+    block = build("conv_lora", num_experts=4).train()
+    x = torch.randn(6, ROWS * COLS, DIM, dtype=torch.float64, requires_grad=True)
+    gate = block.local.experts.body.mixture.w_gate
+    grads = []
+    for run in (block, lambda *args: checkpoint(block, *args, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        gate.grad = None
+        run(x, ROWS, COLS).sum().backward()
+        grads.append(gate.grad)
+    assert grads[0].any()
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.compile
+def test_a_mixture_compiles_once_for_all_sizes_also_under_a_checkpoint():
+    torch.compiler.reset()
+    block = tc.create_block("conv_lora", dim=DIM).train()
+    frames = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=frames, fullgraph=True, dynamic=True)
+    def run(x, rows, cols):
+        return checkpoint(block, x, rows, cols, use_reentrant=False)
+
+    for batch, rows, cols in ((2, 3, 5), (3, 4, 6), (5, 7, 8)):
+        run(torch.randn(batch, rows * cols, DIM), rows, cols).sum().backward()
+    assert frames.frame_count <= 2
+    assert block.local.experts.body.mixture.w_noise.grad is not None
 
 
 def test_a_mixture_that_ran_can_be_copied():
     block = tc.create_block("conv_lora", dim=DIM).train()
-    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS)
-    assert conv_lora_loss(block).requires_grad
+    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS).sum().backward()
     for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        with pytest.raises(ValueError, match="ran in training mode, got none"):
-            conv_lora_loss(twin)
+        assert twin.state_dict().keys() == block.state_dict().keys()
 
 
 def test_one_expert_needs_no_balance():
     block = tc.create_block("conv_lora", dim=DIM, num_experts=1).train()
-    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS)
-    assert conv_lora_loss(block) == 0
+    block(torch.randn(2, ROWS * COLS, DIM), ROWS, COLS).sum().backward()
+    assert not block.local.experts.body.mixture.w_gate.grad.any()
+
+
+def test_the_experts_start_without_offsets_and_the_scale_follows_the_width():
+    block = tc.create_block("conv_lora", dim=DIM, width=4)
+    block.init_neutral_()
+    for expert in block.local.experts.body.mixture.experts:
+        assert not expert[0].bias.any()
+        assert expert[0].weight.any()
+    assert (block.width, block.scale) == (4, 8.0)
+    assert tc.create_block("conv_lora", dim=DIM, alpha=6.0).scale == 2.0
+    assert tc.create_block("conv_lora", dim=DIM, scale=5.0).scale == 5.0
 
 
 def test_dropout_acts_in_training_only():

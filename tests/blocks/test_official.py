@@ -518,11 +518,12 @@ def test_three_scales_load_as_well():
     assert torch.equal(ours.fc2.bias, theirs.fc2.bias)
 
 
-def test_every_source_is_tested_and_every_block_of_a_source_exists():
+def test_every_source_is_tested_and_named_by_the_paper_that_it_is_of():
     tested = {(source, block) for source, block, _, _ in CASES.values()}
     tested.add(("vit_adapter", "multi_scale_ffn"))
     assert tested == {(source, block) for source, row in SOURCES.items() for block in row}
-    assert {block for _, block in tested} <= set(tc.BLOCKS)
+    papers = {(paper.source, name) for name, i in tc.BLOCKS.items() for paper in i.papers}
+    assert {row for row in papers if row[0]} == tested
 
 
 # --- whole models ---
@@ -576,9 +577,16 @@ def test_statistics_from_before_torch_counted_load():
         (lambda s: s.pop("conv2.weight"), "ceit has nothing for dwconv.weight"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra is no key of ceit"),
         (lambda s: s.update({"conv1.weight": torch.zeros(H, D, 3, 3)}),
-         r"conv1.weight has the shape \(64, 16, 3, 3\), expected \(64, 16\)"),
-        (lambda s: s.update({"conv1.weight": torch.zeros(D, H, 1, 1)}), r"expected \(64, 16\)"),
-        (lambda s: s.update(model={}), r"got dict under 'model': .*checkpoint\['model'\]"),
+         r"conv1.weight is torch.float32 \(64, 16, 3, 3\), expected torch.float32 \(64, 16\)"),
+        (lambda s: s.update({"conv1.weight": torch.zeros(D, H, 1, 1)}), r"float32 \(64, 16\)"),
+        (lambda s: s.update({"conv2.weight": torch.zeros(1, H, 3, 3)}), r"float32 \(64, 1, 3, 3\)"),
+        (lambda s: s.update({"conv1.bias": torch.zeros(H, dtype=torch.int)}), "is torch.int32"),
+        (lambda s: s.update({"conv1.bias": torch.zeros(H, dtype=torch.cfloat)}), "real tensors"),
+        (lambda s: s.update({"conv1.bias": torch.zeros(H, device="meta")}), "float32 on meta"),
+        (lambda s: s.update({"conv1.bias": torch.zeros(H).numpy()}), "numpy.ndarray"),
+        (lambda s: s.update({"module.conv1.bias": torch.zeros(H)}), "take 'module.' away first"),
+        (lambda s: s.clear(), "nothing for fc1.weight; it has nothing at all"),
+        (lambda s: s.update(model={}), r"got a dict under 'model': .*checkpoint\['model'\]"),
     ],
 )  # fmt: skip
 def test_nothing_is_loaded_where_something_does_not_fit(change, message):
@@ -589,6 +597,21 @@ def test_nothing_is_loaded_where_something_does_not_fit(change, message):
     with pytest.raises(tc.CheckpointError, match=message):
         load_official(block, state, source="ceit")
     assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
+def test_the_same_value_under_two_names_is_refused():
+    state = {"fc1.weight": torch.zeros(H, D), "dense1.weight": torch.ones(H, D)}
+    with pytest.raises(tc.CheckpointError, match=r"dense1\.weight comes a second time"):
+        load_official(tc.create_block("mix_ffn", D), state, source="pvtv2")
+
+
+def test_a_module_without_values_is_refused():
+    with torch.device("meta"):
+        block = tc.create_block("leff", D)
+    with pytest.raises(tc.CheckpointError, match=r"is on the meta device: call module\.to_empty"):
+        load_official(block, ceit().state_dict(), source="ceit")
+    with pytest.raises(tc.CheckpointError, match="expected a state dict, got NoneType"):
+        load_official(tc.create_block("leff", D), None, source="ceit")
 
 
 def test_another_source_is_refused():

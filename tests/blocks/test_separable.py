@@ -29,7 +29,7 @@ def randomize_(module):
     """Values of its own for every parameter, and norms that have seen something."""
     generator = torch.Generator().manual_seed(0)
     for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
+        if value.is_floating_point() and key != "temperature":
             random = torch.randn(value.shape, generator=generator, dtype=value.dtype)
             value.data.copy_(0.5 + random.abs() if "var" in key else 0.5 * random)
     return module
@@ -45,6 +45,11 @@ class Literal(nn.Module):
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 def conv(dim, out_dim, side=1, stride=1, dilation=1, groups=1):
@@ -164,8 +169,9 @@ class LiteralDynamicConv(Literal):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, out_dim, dim, 3, 3))
         self.bias = nn.Parameter(torch.zeros(experts, out_dim))
+        self.register_buffer("temperature", torch.tensor(temperature))
         self.fc1, self.fc2 = nn.Linear(dim, dim // 4), nn.Linear(dim // 4, experts)
-        self.stride, self.temperature = stride, temperature
+        self.stride = stride
 
     def forward(self, x):
         share = self.fc2(F.relu(self.fc1(x.mean((2, 3))))) / self.temperature
@@ -395,6 +401,17 @@ def test_images_of_one_batch_have_kernels_of_their_own():
         )
 
 
+def test_the_temperature_is_saved():
+    block = tc.create_block("dynamic_conv", 8)
+    block.temperature = 2.5
+    other = tc.create_block("dynamic_conv", 8)
+    assert other.temperature == 30.0
+    other.load_state_dict(block.state_dict())
+    assert other.temperature == 2.5
+    other.reset_parameters()
+    assert other.temperature == 30.0
+
+
 def test_the_temperature_can_be_lowered():
     block = tc.create_block("dynamic_conv", 8).double()
     fmap = draw(1, 8, 4, 5)
@@ -553,6 +570,9 @@ def test_folding_is_refused_in_training_and_in_half():
         ("mixconv", {"out_dim": 24}, "out_dim == dim"),
         ("mixconv", {"kernel_size": (3,) * 13}, "channel for each of 13"),
         ("grouped_conv", {"groups": 5}, "groups to divide dim=12"),
+        ("grouped_conv", {"dilation": 0}, "dilation=0"),
+        ("shufflenetv1", {"groups": 0, "first_groups": 1}, "groups >= 1, got 0"),
+        ("mbconv", {"se_ratio": -1.0}, "se_ratio >= 0, got -1"),
         ("condconv", {"num_experts": 0}, "num_experts >= 1"),
         ("dynamic_conv", {"temperature": 0.0}, "temperature > 0"),
         ("resdsc", {"out_dim": 6}, "out_dim >= dim"),
@@ -562,6 +582,56 @@ def test_folding_is_refused_in_training_and_in_half():
 def test_bad_arguments(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         tc.create_block(name, 12, **kwargs)
+
+
+@pytest.mark.parametrize("name", [n for n, info in tc.BLOCKS.items() if info.kind == "maps"])
+def test_every_block_is_traced_takes_no_image_and_wants_its_own_width(name):
+    block = tc.create_block(name, 12).eval()
+    fmap = draw(2, 12, 4, 6).float()
+    traced = torch.fx.symbolic_trace(Literal(block=block).requires_grad_(False))
+    torch.testing.assert_close(traced(fmap), block(fmap))
+    assert block(fmap[:0]).shape == (0, 12, 4, 6)
+    assert block(fmap[:0].flatten(2).transpose(1, 2), 4, 6).shape == (0, 24, 12)
+    with pytest.raises(tc.GridError, match=r"\(B, 12, H, W\), or tokens.*\(12, 4, 12\)"):
+        block(torch.zeros(12, 4, 12))
+    with pytest.raises(tc.GridError, match=r"got a tensor of shape \(1, 8, 4, 6\)"):
+        block(torch.zeros(1, 24, 8), 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "key", "std"),
+    [
+        ("mobilenetv1", {}, "depthwise", (2 / 9) ** 0.5),
+        ("mobilenetv1", {}, "pointwise", (2 / 64) ** 0.5),
+        ("mbconv", {"kernel_size": 5}, "depthwise", (2 / 25) ** 0.5),
+        ("mbconv", {}, "project", (2 / 64) ** 0.5),
+        ("inverted_residual", {}, "depthwise", (2 / 9 / 384) ** 0.5),
+        ("xception", {}, "pointwise1", (2 / 64) ** 0.5),
+        ("shufflenetv1", {"groups": 4}, "reduce", 1 / 16),
+        ("shufflenetv1", {}, "depthwise", 1.0),
+        ("shufflenetv2", {}, "halves.branches.1.0", (3 * 32) ** -0.5),
+        ("resdsc", {}, "depthwise1", (2 / 9 / 64) ** 0.5),
+        ("resdsc", {"num_domains": 4}, "depthwise1", (2 / 9 / 64) ** 0.5),
+        ("bsconv_u", {}, "dw", 1 / 3 / 3**0.5),
+    ],
+)
+def test_starts_as_the_papers_code_does(name, kwargs, key, std):
+    torch.manual_seed(0)
+    block = tc.create_block(name, 64, **kwargs)
+    weight = block.get_submodule(f"body.{key}").weight
+    assert weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_the_norms_of_shufflenetv1_start_a_little_above_zero():
+    block = tc.create_block("shufflenetv1", 8)
+    assert torch.equal(block.body.norm3.bias, torch.full((8,), 1e-4))
+
+
+def test_says_what_it_was_built_with():
+    assert tc.create_block("mobilenetv1", 8, kernel_size=5).kernel_size == 5
+    assert tc.create_block("pydmobilenet", 8, kernel_size=[3]).kernel_size == (3,)
+    built = tc.create_block("mix_ffn", 8, kernel_size=5, mlp_ratio=2)
+    assert (built.kernel_size, built.mlp_ratio) == (5, 2)
 
 
 def test_bad_tokens():

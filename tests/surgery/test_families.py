@@ -21,7 +21,7 @@ BLOCK_FOR = {
     site: name
     for name, info in tc.BLOCKS.items()
     for site in info.sites
-    if name != "conv_lora"  # whose gates learn from a loss of their own
+    if name != "conv_lora"  # which chooses by chance in training
 }
 EXACT_SITES = [site for site in SITES if site in BLOCK_FOR and site != "replace_attn"]
 

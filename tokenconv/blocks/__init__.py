@@ -1,6 +1,5 @@
 """What stands in a Transformer, and ``BLOCKS``, the one list of it."""
 
-from tokenconv.blocks.adapters import conv_lora_loss
 from tokenconv.blocks.blueprint import bsconv_reg_loss, orthonormal_loss
 from tokenconv.blocks.catalogue import BLOCKS, block_info, create_block, list_blocks
 from tokenconv.blocks.ffn import MixFFN
@@ -14,7 +13,6 @@ __all__ = [
     "Paper",
     "block_info",
     "bsconv_reg_loss",
-    "conv_lora_loss",
     "create_block",
     "list_blocks",
     "load_official",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps, init_torch_
-from tokenconv.blocks.experts import NoisyTopOne, ScaleExperts
+from tokenconv.blocks.experts import ScaleExperts
 from tokenconv.grid import AnyGrid, Grid
 from tokenconv.layers import DWConv, GridConv, GridModule, QuickGELU
 from tokenconv.ops.depthwise_conv import Impl
@@ -55,7 +55,8 @@ class Adapter(Chain):
         TypeError: If the adapter has no such argument.
     """
 
-    width: ClassVar[int] = 8
+    width: int = 8
+    """Of the class: the paper's."""
     scale: float = 1.0
     drop: ClassVar[float] = 0.1
 
@@ -72,6 +73,7 @@ class Adapter(Chain):
         if dim < 1 or width < 1:
             raise ValueError(f"expected dim >= 1 and width >= 1, got {dim=}, {width=}")
         super().__init__(**self.steps(dim, width, self.drop if drop is None else drop, **own))
+        self.width = width
         if scale is not None:
             self.scale = scale
         self.reset_parameters()
@@ -183,66 +185,59 @@ class ConvAdapter(Adapter):
 class ConvLoRA(Adapter):
     """Conv-LoRA: a bottleneck with a mixture of convolutions at several scales, beside a layer.
 
-    ``scale * up(y + expert_i(y))``, ``y = down(x)``, width 3, ``scale = alpha / r = 32 / 3``, no
-    biases in the two linear layers. Expert i of E makes the map i times as large (bicubic),
+    ``scale * up(y + expert_i(y))``, ``y = down(x)``, width 3, ``scale = alpha / width``, no biases
+    in the two linear layers. Expert i of E makes the map i times as large (bicubic),
     ``GELU(conv3x3)`` runs on it, and it is made small again; the means of ``y`` choose one expert
     per image, with noise in training. In the paper it stands beside the query, key and value
     projections of SAM; surgery puts it beside the whole attention. Prefix tokens, which the paper
     has none of, skip the experts. ``up`` starts from zero, ``down`` as ``nn.Linear``, the gates
     from zero. All experts run, and one is taken, so that shapes do not depend on values.
 
-    Training needs a loss that balances the experts: add ``conv_lora_loss(model)``.
+    In training the gradient of a loss that balances the experts is added in the backward pass, see
+    ``NoisyTopOne``; the official module returns that loss instead.
 
     Parameters: ``C*w + w*O + E*(9*w*w + w) + 2*w*E``.
 
     Args besides those of ``Adapter``:
         out_dim: Channels O that come out; None takes ``dim``.
+        alpha: The scale times the width, unless ``scale`` is given.
         num_experts: Convolutions E.
+        balance: Weight of the loss that balances them.
 
     References:
         https://arxiv.org/abs/2401.17868
     """
 
     width = 3
-    scale = 32 / 3
     drop = 0.0
     down: Any
     up: Any
 
     def steps(
-        self, dim: int, width: int, drop: float, out_dim: int | None = None, num_experts: int = 8
+        self,
+        dim: int,
+        width: int,
+        drop: float,
+        out_dim: int | None = None,
+        alpha: float = 32.0,
+        num_experts: int = 8,
+        balance: float = 1e-2,
     ) -> Steps:
         """See the class."""
+        self.scale = alpha / width
+        experts = ScaleExperts(width, num_experts=num_experts, balance=balance)
         return {
             "dropout": nn.Dropout(drop) if drop else None,
             "down": nn.Linear(dim, width, bias=False),
-            "local": Shortcut(experts=ScaleExperts(width, num_experts=num_experts)),
+            "local": Shortcut(experts=experts),
             "up": nn.Linear(width, dim if out_dim is None else out_dim, bias=False),
         }
 
     def reset_parameters(self) -> None:
         """Initialise as the official code does."""
         init_torch_(self)
+        self.get_submodule("local.experts").reset_parameters()  # pyright: ignore
         nn.init.zeros_(self.up.weight)
-
-
-def conv_lora_loss(model: nn.Module) -> Tensor:
-    """What keeps the experts of all ``ConvLoRA`` in use, for the training loss.
-
-    Args:
-        model: Has just run in training mode.
-
-    Returns:
-        The sum of what the mixtures noted in that run, on the graph.
-
-    Raises:
-        ValueError: If no mixture ran in training mode.
-    """
-    noted = [part.loss for part in model.modules() if isinstance(part, NoisyTopOne)]
-    losses = [loss for loss in noted if loss is not None]
-    if not losses:
-        raise ValueError("expected a model with ConvLoRA that ran in training mode, got none")
-    return torch.stack(losses).sum()
 
 
 class Mona(Adapter):

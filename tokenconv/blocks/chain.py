@@ -194,6 +194,11 @@ def init_kaiming_(module: nn.Module) -> None:
     _init_(module, linear=_kaiming_, conv=_kaiming_)
 
 
+def init_by_group_(module: nn.Module) -> None:
+    """Everything from a normal of std ``sqrt(2 / (K*K*outputs))``, outputs of one group."""
+    _init_(module, linear=_kaiming_, conv=_by_group_)
+
+
 def init_torch_(module: nn.Module) -> None:
     """As ``nn.Linear`` and ``nn.Conv2d``."""
     _init_(module, linear=None, conv=None)
@@ -221,6 +226,11 @@ def _truncated_(weight: Tensor) -> None:
 
 def _kaiming_(weight: Tensor) -> None:
     nn.init.kaiming_normal_(weight, mode="fan_out")
+
+
+def _by_group_(weight: Tensor) -> None:
+    """Depthwise kernels, of one input channel, are groups of one output."""
+    (_by_kernel_ if weight.shape[1] == 1 else _kaiming_)(weight)
 
 
 def _by_kernel_(weight: Tensor) -> None:

@@ -73,17 +73,28 @@ class ExpertConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve every map ``(C, H, W)`` of the batch with a kernel of its own."""
         gates = self.routing(x.mean((2, 3))).to(self.weight.dtype)
-        weight = torch.einsum("be,eoihw->boihw", gates, self.weight).flatten(0, 1)
-        bias = None if self.bias is None else (gates @ self.bias).flatten()
-        out = F.conv2d(
-            x.flatten(0, 1)[None],  # images side by side in the channels
-            weight,
-            bias,
-            stride=self.stride,
-            padding=self.padding,
-            groups=self.groups * x.shape[0],
-        )
-        return out[0].unflatten(0, (x.shape[0], -1))
+        weight = torch.einsum("be,eoihw->boihw", gates, self.weight)
+        bias = None if self.bias is None else gates @ self.bias
+        return _convolve_each(x, weight, bias, self.stride, self.padding, self.groups)
+
+
+def _convolve_each(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
+) -> Tensor:
+    """Every image with its own kernel ``(B, O, C/groups, K, K)``; one fx node."""
+    if x.shape[0] == 0:  # no image, and no group
+        some = weight.new_zeros(weight.shape[1:])
+        return F.conv2d(x, some, stride=stride, padding=padding, groups=groups)
+    side_by_side = x.flatten(0, 1)[None]  # images in the channels
+    out = F.conv2d(
+        side_by_side,
+        weight.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        stride=stride,
+        padding=padding,
+        groups=groups * x.shape[0],
+    )
+    return out[0].unflatten(0, (x.shape[0], -1))
 
 
 class CondConv(MapBlock):
@@ -171,14 +182,14 @@ class DynamicConv(MapBlock):
 
     @property
     def temperature(self) -> float:
-        """Divides what the softmax is given."""
-        return self._routing.temperature
+        """Divides what the softmax is given; a buffer, which is saved."""
+        return self._routing.temperature.item()
 
     @temperature.setter
     def temperature(self, value: float) -> None:
         if value <= 0:
             raise ValueError(f"expected temperature > 0, got {value}")
-        self._routing.temperature = value
+        self._routing.temperature.fill_(value)
 
     @property
     def _routing(self) -> "_Softmax":
@@ -190,15 +201,27 @@ class DynamicConv(MapBlock):
 class _Softmax(nn.Module):
     """Gates that add up to one, of the means of the channels."""
 
-    def __init__(self, dim: int, width: int, num_experts: int, temperature: float = 1.0):
+    temperature: Tensor
+
+    def __init__(self, dim: int, width: int, num_experts: int, temperature: float | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, width)
         self.fc2 = nn.Linear(width, max(1, num_experts))
-        self.temperature = temperature
+        self.first_temperature = temperature
+        if temperature is not None:
+            self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def reset_parameters(self) -> None:
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        if self.first_temperature is not None:
+            self.temperature.fill_(self.first_temperature)
 
     def forward(self, means: Tensor) -> Tensor:
         logits = self.fc2(F.relu(self.fc1(means)))
-        return (logits / self.temperature).softmax(dim=-1)
+        if self.first_temperature is not None:
+            logits = logits / self.temperature
+        return logits.softmax(dim=-1)
 
 
 class ResDSC(MapBlock):
@@ -242,6 +265,14 @@ class ResDSC(MapBlock):
             "norm2": nn.BatchNorm2d(out_dim),
         }
 
+    def reset_parameters(self) -> None:
+        """Initialise as the official code does."""
+        super().reset_parameters()
+        for part in self.modules():
+            if isinstance(part, ExpertConv):
+                for kernel in part.weight:
+                    nn.init.kaiming_normal_(kernel, mode="fan_out")
+
     def shortcut(self, dim: int, out_dim: int, stride: int) -> nn.Module:
         """The mean of each patch, and channels of zeros."""
         return _AverageAndPad(out_dim - dim, stride)
@@ -273,12 +304,15 @@ class _AverageAndPad(nn.Module):
         self.more, self.stride = more, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise GridError(
-                f"expected a size that {self.stride} divides, got {tuple(x.shape[-2:])}"
-            )
-        pooled = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        pooled = _average_patches(x, self.stride) if self.stride > 1 else x
         return F.pad(pooled, (0, 0, 0, 0, 0, self.more))
+
+
+def _average_patches(x: Tensor, side: int) -> Tensor:
+    """One fx node, since its check cannot be traced symbolically."""
+    if x.shape[-2] % side or x.shape[-1] % side:
+        raise GridError(f"expected a size that {side} divides, got {tuple(x.shape[-2:])}")
+    return F.avg_pool2d(x, side)
 
 
 class ScaleExperts(MapBlock):
@@ -289,6 +323,7 @@ class ScaleExperts(MapBlock):
 
     Args besides those of ``MapBlock``:
         num_experts: Convolutions E.
+        balance: Weight of what keeps them all in use, see ``NoisyTopOne``.
 
     Raises:
         ValueError: If there is a stride, or ``out_dim`` is not ``dim``.
@@ -299,7 +334,15 @@ class ScaleExperts(MapBlock):
 
     prefix_tokens = "vanish"
 
-    def steps(self, dim: int, out_dim: int, side: int, stride: int, num_experts: int = 8) -> Steps:
+    def steps(
+        self,
+        dim: int,
+        out_dim: int,
+        side: int,
+        stride: int,
+        num_experts: int = 8,
+        balance: float = 1e-2,
+    ) -> Steps:
         """See the class."""
         if stride != 1 or out_dim != dim or num_experts < 1:
             raise ValueError(
@@ -307,7 +350,14 @@ class ScaleExperts(MapBlock):
                 f"{out_dim=}, {num_experts=}"
             )
         experts = [_AtScale(dim, side, times) for times in range(1, num_experts + 1)]
-        return {"mixture": NoisyTopOne(dim, *experts)}
+        return {"mixture": NoisyTopOne(dim, *experts, balance=balance)}
+
+    def reset_parameters(self) -> None:
+        """Initialise as the official code does: as torch's layers, biases zero."""
+        super().reset_parameters()
+        for key, parameter in self.named_parameters():
+            if key.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
 
 class _AtScale(nn.Sequential):
@@ -316,43 +366,39 @@ class _AtScale(nn.Sequential):
     def __init__(self, dim: int, side: int, times: int):
         super().__init__(conv(dim, dim, side, bias=True), nn.GELU())
         self.times = times
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        convolution: Any = self[0]
-        convolution.reset_parameters()
-        nn.init.zeros_(convolution.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.times == 1:
             return super().forward(input)
-        large = F.interpolate(input, scale_factor=self.times, mode="bicubic")
-        return F.interpolate(super().forward(large), size=input.shape[2:], mode="bicubic")
+        size = (input.shape[2], input.shape[3])
+        large = (self.times * size[0], self.times * size[1])
+        out = super().forward(F.interpolate(input, size=large, mode="bicubic"))
+        return F.interpolate(out, size=size, mode="bicubic")
 
 
 class NoisyTopOne(nn.Module):
     """Each image takes one of several experts, by the means of its channels.
 
-    In training the choice is noisy, and ``loss`` notes how unevenly it fell.
+    In training the choice is noisy, and the gradient of ``balance`` times the squared coefficients
+    of variation, of how many images the experts got and of how many they were likely to get, is
+    added in the backward pass: the gates learn from nothing else. It is added as it is, whatever
+    the loss is multiplied by; a ``GradScaler`` makes it small.
 
     Args:
         dim: Channels C.
         *experts: Modules on maps.
+        balance: Weight of the loss that keeps all experts in use.
 
     References:
         https://arxiv.org/abs/1701.06538
     """
 
-    loss: Tensor | None
-    """In training mode, of the last run: 0.01 times the squared coefficients of variation of how
-    many images the experts got and of how many they were likely to get."""
-
-    def __init__(self, dim: int, *experts: nn.Module):
+    def __init__(self, dim: int, *experts: nn.Module, balance: float):
         super().__init__()
+        self.balance = balance
         self.w_gate = nn.Parameter(torch.empty(dim, len(experts)))
         self.w_noise = nn.Parameter(torch.empty(dim, len(experts)))
         self.experts = nn.ModuleList(experts)
-        self.loss = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -362,27 +408,51 @@ class NoisyTopOne(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all experts, and give each image what its own made of it."""
-        chosen = _choose(x.mean((2, 3)), self.w_gate, self.w_noise, self.training)
-        loss = chosen[1]
-        self.loss = loss if isinstance(loss, Tensor) else None  # not while fx traces
         outs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        return outs.take_along_dim(chosen[0].reshape(-1, 1, 1, 1, 1), dim=1).squeeze(1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the loss: a tensor on a graph can neither be copied nor pickled."""
-        return {**self.__dict__, "loss": None}
+        balance = self.balance if self.training else None
+        return _take_one(outs, x.mean((2, 3)), self.w_gate, self.w_noise, balance)
 
 
-def _choose(
-    means: Tensor, w_gate: Tensor, w_noise: Tensor, training: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The expert of each image, and the loss; one fx node, the same in both modes."""
+def _take_one(
+    outs: Tensor, means: Tensor, w_gate: Tensor, w_noise: Tensor, balance: float | None
+) -> Tensor:
+    """What the expert of each image made of it; one fx node, the same in both modes."""
     clean = means @ w_gate
-    if not training:
-        return clean.argmax(dim=1), None
-    std = F.softplus(means @ w_noise) + 1e-2
-    logits = clean + torch.randn_like(clean) * std
-    return logits.argmax(dim=1), _imbalance(clean, logits, std)
+    loss, logits = None, clean
+    if balance is not None:
+        std = F.softplus(means @ w_noise) + 1e-2
+        logits = clean + torch.randn_like(clean) * std
+        loss = balance * _imbalance(clean, logits, std)
+    images = torch.arange(outs.shape[0], device=outs.device)
+    out = outs[images, logits.argmax(dim=1)]
+    return out if loss is None else _WithLoss.apply(out, loss)
+
+
+for _checks in (
+    "_average_patches",
+    "_convolve_each",
+    "_take_one",
+):  # which cannot be traced symbolically
+    torch.fx.wrap(_checks)
+
+
+class _WithLoss(torch.autograd.Function):
+    """The first tensor as it is; the second counts as a part of the loss of the model.
+
+    A loss that is kept on the module instead would be lost by checkpoints, replicas and compilers.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, loss: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].new_ones(())
 
 
 def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
@@ -396,7 +466,4 @@ def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
     load = torch.special.ndtr((clean - to_beat) / std).sum(0)
     importance = F.one_hot(logits.argmax(dim=1), count).to(load.dtype).sum(0)
     variations = [x.var() / (x.mean() ** 2 + 1e-10) for x in (importance, load)]
-    return 1e-2 * torch.stack(variations).sum()
-
-
-torch.fx.wrap("_choose")
+    return torch.stack(variations).sum()

@@ -59,8 +59,9 @@ class FeedForward(Chain):
         TypeError: If the block has no such argument.
     """
 
-    mlp_ratio: ClassVar[float] = 4.0
-    kernel_size: ClassVar[int] = 3
+    mlp_ratio: float = 4.0
+    kernel_size: int = 3
+    """Both of the class: the paper's."""
     init: ClassVar[Callable[[nn.Module], None]] = staticmethod(init_torch_)
     """How the paper's code starts the weights."""
 
@@ -88,6 +89,7 @@ class FeedForward(Chain):
             impl=impl,
         )
         super().__init__(**self.steps(parts, **own))
+        self.mlp_ratio, self.kernel_size = ratio, parts.kernel_size
         self.reset_parameters()
 
     @staticmethod

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenconv.blocks.chain import Chain
+from tokenconv.blocks.maps import MapBlock
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -39,13 +40,21 @@ def separable_branch(
     return SeparableConv(dim, kernel_size, dilation=dilation, bias=bias, impl=impl)
 
 
-def branch_of(block: Callable[..., Chain], **fixed: Any) -> Callable[..., Chain]:
+def branch_of(
+    block: Callable[..., Chain | MapBlock], **fixed: Any
+) -> Callable[..., Chain | MapBlock]:
     """What a block adds beside an MLP: itself, without its residual.
 
-    Prefix tokens that it passes get nothing from it.
+    Prefix tokens that it passes get nothing from it. Building it with an argument that is fixed
+    here is a ``ValueError``.
     """
 
-    def build(dim: int, **kwargs: Any) -> Chain:
+    def build(dim: int, **kwargs: Any) -> Chain | MapBlock:
+        if refused := fixed.keys() & kwargs.keys():
+            raise ValueError(
+                f"{', '.join(sorted(refused))} cannot be chosen where a block is inserted: it "
+                f"keeps width and size, and the model adds the residual"
+            )
         branch = block(dim, **{**fixed, **kwargs})
         if branch.prefix_tokens == "pass":
             branch.prefix_tokens = "vanish"

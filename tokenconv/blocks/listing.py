@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official import sources_of
 from tokenconv.blocks.registry import BlockInfo, Paper
 
 _INTRODUCTION = """# Blocks
@@ -41,22 +40,27 @@ def to_json(names: Sequence[str]) -> str:
     return json.dumps([_row(name, BLOCKS[name]) for name in names], indent=1)
 
 
-def to_markdown() -> str:
-    """The whole catalogue as a page with a row per paper."""
+def to_markdown(names: Sequence[str]) -> str:
+    """Rows of the catalogue as a page with a row per paper."""
     lines = [_INTRODUCTION]
     for group, (title, about) in _GROUPS.items():
-        lines += [f"## {title}", "", about, "", _cells(_COLUMNS), _cells(["---"] * len(_COLUMNS))]
-        for name, info in BLOCKS.items():
-            if info.group == group:
-                lines += [_cells(_entry(name, info, paper)) for paper in info.papers]
-        lines.append("")
+        rows = [
+            _cells(_entry(name, info, paper))
+            for name, info in BLOCKS.items()
+            if info.group == group and name in names
+            for paper in info.papers
+        ]
+        if rows:
+            head = [_cells(_COLUMNS), _cells(["---"] * len(_COLUMNS))]
+            lines += [f"## {title}", "", about, "", *head, *rows, ""]
     return "\n".join(lines).rstrip()
 
 
 def _row(name: str, info: BlockInfo) -> dict[str, object]:
     facts = asdict(info)
     facts.pop("factory")
-    sites, sources = list(info.sites), sources_of(name)
+    sites = list(info.sites)
+    sources = [paper.source for paper in info.papers if paper.source]
     return {"name": name, **facts, "paper": info.paper, "sites": sites, "sources": sources}
 
 
@@ -71,7 +75,7 @@ def _entry(name: str, info: BlockInfo, paper: Paper) -> list[str]:
         f"`{info.macs}`",
         info.prefix_policy,
         ", ".join(f"`{site}`" for site in info.sites) or "none",
-        ", ".join(f"`{source}`" for source in sources_of(name)) or "none",
+        f"`{paper.source}`" if paper.source else "none",
         f"[{test}]({file})",
     ]
 

@@ -3,13 +3,13 @@
 Shape letters: B batch, C channels, N tokens = P prefix + grid, K kernel side.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -42,7 +42,8 @@ class MapBlock(GridModule):
         TypeError: If the block has no such argument.
     """
 
-    kernel_size: ClassVar[int | tuple[int, ...]] = 3
+    kernel_size: int | tuple[int, ...] = 3
+    """Of the class: the paper's."""
     adds_input: ClassVar[bool] = False
     """Whether the paper adds the input."""
     init: ClassVar[Callable[[nn.Module], None]] = staticmethod(init_torch_)
@@ -67,7 +68,8 @@ class MapBlock(GridModule):
                 f"expected positive dim, out_dim and stride, got {dim=}, {out_dim=}, {stride=}"
             )
         self.dim, self.out_dim, self.stride = dim, out_dim, stride
-        steps = self.steps(dim, out_dim, self._sides(kernel_size), stride, **own)
+        self.kernel_size = self._sides(kernel_size)
+        steps = self.steps(dim, out_dim, self.kernel_size, stride, **own)
         self.body = nn.Sequential(OrderedDict((k, v) for k, v in steps.items() if v is not None))
         adds_input = self.adds_input if residual is None else residual
         self.skip = self.shortcut(dim, out_dim, stride) if adds_input else None
@@ -120,8 +122,8 @@ class MapBlock(GridModule):
     def forward(self, x: Tensor, *grid: Grid) -> Any:
         """Run on a map, or on tokens and their grid; see the class."""
         if not grid:
-            return self.run(x)
-        fmap = self.run(_lay_out(x, grid))
+            return self.run(_checked(x, self.dim))
+        fmap = self.run(_lay_out(x, grid, self.dim))
         tokens = _line_up(fmap, x, grid, self.prefix_tokens)
         return tokens if self.stride == 1 else (tokens, _grid_behind(fmap, grid))
 
@@ -163,18 +165,32 @@ def _grid_of(grid: tuple[Grid, ...]) -> TokenGrid:
     return TokenGrid.of(*grid)
 
 
-def _lay_out(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
+def _checked(fmap: Tensor, dim: int) -> Tensor:
+    if fmap.ndim != 4 or fmap.shape[1] != dim:
+        raise GridError(
+            f"expected a map (B, {dim}, H, W), or tokens and their grid, block(x, H, W); got a "
+            f"tensor of shape {tuple(fmap.shape)}"
+        )
+    return fmap
+
+
+def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     """Tokens as maps, the frames of a video as images by themselves."""
     known = _grid_of(grid)
     known.check(x)
-    rows, cols = known.size[-2:]
-    return rearrange(x[:, known.num_prefix_tokens :], "b (t h w) c -> (b t) c h w", h=rows, w=cols)
+    *frames, rows, cols = known.size
+    spatial = x[:, known.num_prefix_tokens :]
+    # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
+    fmaps = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, x.shape[2])
+    return _checked(fmaps.permute(0, 3, 1, 2), dim)
 
 
 def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
     """Maps as tokens, behind the prefix tokens of ``x``."""
-    tokens = rearrange(fmap, "(b t) c h w -> b (t h w) c", b=len(x))
-    prefix = x[:, : _grid_of(grid).num_prefix_tokens]
+    known = _grid_of(grid)
+    count = math.prod((*known.size[:-2], *fmap.shape[2:]))
+    tokens = fmap.permute(0, 2, 3, 1).reshape(x.shape[0], count, fmap.shape[1])
+    prefix = x[:, : known.num_prefix_tokens]
     if not prefix.shape[1]:
         return tokens
     if prefix.shape[2] != tokens.shape[2]:
@@ -191,7 +207,12 @@ def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
     return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
 
 
-for _checks in ("_lay_out", "_line_up", "_grid_behind"):  # which cannot be traced symbolically
+for _checks in (
+    "_checked",
+    "_lay_out",
+    "_line_up",
+    "_grid_behind",
+):  # which cannot be traced symbolically
     torch.fx.wrap(_checks)
 
 
@@ -211,9 +232,14 @@ def conv(
     """A convolution, zero-padded by half its reach.
 
     Raises:
-        ValueError: If ``groups`` does not divide both widths.
+        ValueError: If a number is not positive, or ``groups`` does not divide both widths.
     """
-    if min(dim, out_dim, groups) < 1 or dim % groups or out_dim % groups:
+    if min(dim, out_dim, groups, dilation) < 1:
+        raise ValueError(
+            f"expected positive widths, groups and dilation, got {dim=}, {out_dim=}, {groups=}, "
+            f"{dilation=}"
+        )
+    if dim % groups or out_dim % groups:
         raise ValueError(f"expected groups to divide {dim=} and {out_dim=}, got {groups=}")
     return nn.Conv2d(
         dim,
@@ -299,4 +325,4 @@ class ChannelShuffle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Put the channels in another order."""
-        return rearrange(x, "b (g c) h w -> b (c g) h w", g=self.groups)
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)

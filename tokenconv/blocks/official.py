@@ -312,11 +312,6 @@ SOURCES: Mapping[str, Mapping[str, Renames | Callable[[nn.Module], Renames]]] = 
 official code, or in timm's and transformers', whose names fit as well."""
 
 
-def sources_of(name: str) -> list[str]:
-    """Sources whose weights fit a block."""
-    return [source for source, blocks in SOURCES.items() if name in blocks]
-
-
 def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> nn.Module:
     """Load weights under the keys of a paper's own repository, in place.
 
@@ -339,12 +334,7 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source
     """
     if source not in SOURCES:
         raise UnknownNameError("source", source, SOURCES)
-    nested = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-    if nested:
-        raise CheckpointError(
-            f"expected tensors by key, got {type(state_dict[nested[0]]).__name__} under "
-            f"{nested[0]!r}: pass the state dict that is inside, such as checkpoint['model']"
-        )
+    _check_values(state_dict)
     rows = _rows_of(module, source)
     wanted = module.state_dict()
     values: dict[str, Tensor] = {}
@@ -353,20 +343,42 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source
         if name is None:
             continue
         if name not in wanted:
+            prefix = "; take 'module.' away first" if key.startswith("module.") else ""
             raise CheckpointError(
-                f"{key} is no key of {source} for this module: expected, under our names, "
-                f"{_some(wanted)}"
+                f"{key} is no key of {source} for this module{prefix}. Expected those of "
+                f"{' and '.join(path or 'the block itself' for path, _ in rows)}, such as "
+                f"{_some([path + theirs for path, names in rows for theirs in names])}"
             )
+        if name in values:
+            raise CheckpointError(f"{key} comes a second time, under another name: both are {name}")
         values[name] = _fit(key, value, wanted[name])
-    for name in wanted.keys() - values.keys():
+    for name, value in wanted.items():
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: call module.to_empty(...) first")
+        if name in values:
+            continue
         if not name.endswith(".num_batches_tracked"):
             raise CheckpointError(
-                f"the state dict of {source} has nothing for {name}: expected all of "
-                f"{_some(wanted)}, got {_some(state_dict)}"
+                f"the state dict of {source} has nothing for {name}; it has "
+                f"{_some(list(state_dict)) or 'nothing at all'}"
             )
-        values[name] = torch.zeros_like(wanted[name])  # from before torch counted
+        values[name] = torch.zeros_like(value)  # from before torch counted
     module.load_state_dict(values, strict=True)
     return module
+
+
+def _check_values(state_dict: Mapping[str, Any]) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"expected a state dict, got {type(state_dict).__name__}")
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            raise CheckpointError(
+                f"expected tensors by key, got a {type(value).__name__} under {key!r}: pass the "
+                f"state dict that is inside, such as checkpoint['model']"
+            )
+        if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
+            what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value)
+            raise CheckpointError(f"expected real tensors with values, got {what} under {key!r}")
 
 
 def _rows_of(module: nn.Module, source: str) -> list[tuple[str, Renames]]:
@@ -406,14 +418,24 @@ def _our_key(key: str, rows: list[tuple[str, Renames]]) -> str | None:
 
 
 def _fit(key: str, value: Tensor, like: Tensor) -> Tensor:
-    """The value in our shape, which may lack sides of one."""
-    if [side for side in value.shape if side > 1] != [side for side in like.shape if side > 1]:
+    """The value in our shape, which may lack sides of one in front and behind."""
+    if _core(value) != _core(like) or value.is_floating_point() != like.is_floating_point():
         raise CheckpointError(
-            f"{key} has the shape {tuple(value.shape)}, expected {tuple(like.shape)}"
+            f"{key} is {value.dtype} {tuple(value.shape)}, expected {like.dtype} "
+            f"{tuple(like.shape)}"
         )
     return value.reshape(like.shape)
 
 
-def _some(keys: Mapping[str, Any]) -> str:
-    names = list(keys)
+def _core(value: Tensor) -> list[int]:
+    """The shape without sides of one at its ends."""
+    sides = list(value.shape)
+    while sides and sides[-1] == 1:
+        sides.pop()
+    while sides and sides[0] == 1:
+        sides.pop(0)
+    return sides
+
+
+def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -17,6 +17,8 @@ class Paper:
     """Its number at arXiv."""
     arguments: str = ""
     """What makes the block this paper's, as Python keyword arguments."""
+    source: str = ""
+    """Its name for ``load_official``, if weights of it can be loaded."""
 
     @property
     def url(self) -> str:
@@ -29,7 +31,7 @@ class BlockInfo:
     """What there is to know about a block without building it.
 
     ``formula``, ``params`` and ``macs`` speak of C channels and O that come out, h hidden ones, K
-    kernel side, w width of a bottleneck, N tokens on the grid.
+    kernel side, w width of a bottleneck, E experts, N tokens on the grid.
     """
 
     factory: Callable[..., nn.Module]

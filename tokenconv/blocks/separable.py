@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Steps, init_kaiming_
+from tokenconv.blocks.chain import Steps, init_by_group_, init_kaiming_
 from tokenconv.blocks.maps import (
     ChannelShuffle,
     Gated,
@@ -38,7 +38,7 @@ class MobileNetV1(MapBlock):
         https://arxiv.org/abs/1704.04861
     """
 
-    init = staticmethod(init_kaiming_)
+    init = staticmethod(init_by_group_)
 
     def steps(
         self,
@@ -172,6 +172,7 @@ class MBConv(InvertedResidual):
         https://arxiv.org/abs/1905.11946
     """
 
+    init = staticmethod(init_by_group_)
     act_layer = nn.SiLU
     se_ratio = 0.25
 
@@ -180,6 +181,8 @@ def _squeeze_excite(
     hidden: int, dim: int, ratio: float, act: Callable[[], nn.Module]
 ) -> nn.Module | None:
     """Squeeze-and-excitation, https://arxiv.org/abs/1709.01507."""
+    if ratio < 0:
+        raise ValueError(f"expected se_ratio >= 0, got {ratio}")
     if ratio == 0:
         return None
     width = max(1, int(dim * ratio))
@@ -200,7 +203,7 @@ class ShuffleNetV1(MapBlock):
     ``w = O // 4`` in between; plus the input, then ReLU. With a stride the 3x3 average of the input
     comes first in the channels, and the steps, behind a ReLU, give the ``O - C`` others. The order
     is that of the official code; the paper shuffles in front of the depthwise convolution, which is
-    the same with its channels in another order. No biases. Starts as torch's layers. Parameters at
+    the same with its channels in another order. No biases. Parameters at
     stride 1: ``2*C*w/groups + K*K*w + 4*w + 2*C``.
 
     Args besides those of ``MapBlock``:
@@ -233,6 +236,8 @@ class ShuffleNetV1(MapBlock):
                 f"expected out_dim == dim at stride 1 and above it with a stride, got {dim=}, "
                 f"{out_dim=}, {stride=}"
             )
+        if groups < 1:
+            raise ValueError(f"expected groups >= 1, got {groups}")
         mid, made = out_dim // 4, out_dim if stride == 1 else out_dim - dim
         return {
             "reduce": conv(dim, mid, groups=groups if first_groups is None else first_groups),
@@ -248,6 +253,15 @@ class ShuffleNetV1(MapBlock):
     def behind(self, out_dim: int) -> nn.Module:
         """An activation."""
         return nn.ReLU()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the official code does: by the inputs, and norms a little above zero."""
+        super().reset_parameters()
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=1 / part.weight.shape[1])
+            elif isinstance(part, nn.BatchNorm2d):
+                nn.init.constant_(part.bias, 1e-4)
 
     def run(self, fmap: Tensor) -> Tensor:
         """Add the input, or put its average in front."""
@@ -271,8 +285,6 @@ class ShuffleNetV2(MapBlock):
     References:
         https://arxiv.org/abs/1807.11164
     """
-
-    init = staticmethod(init_kaiming_)
 
     def steps(self, dim: int, out_dim: int, side: int, stride: int) -> Steps:
         """See the class."""

@@ -24,10 +24,10 @@ def run_list(args: argparse.Namespace) -> None:
     if args.families:
         print(format_matrix(args.pattern))
         return
-    if args.markdown:
-        print(to_markdown())
-        return
     names = list_blocks(args.pattern)
+    if args.markdown:
+        print(to_markdown(names))
+        return
     if args.json:
         print(to_json(names))
         return

@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
     form = listing.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the blocks as JSON")
-    form.add_argument(
-        "--markdown", action="store_true", help="print the page of all blocks, BLOCKS.md"
-    )
+    form.add_argument("--markdown", action="store_true", help="print them as a page, as BLOCKS.md")
     form.add_argument(
         "--families", action="store_true", help="list the timm families, and what each can take"
     )

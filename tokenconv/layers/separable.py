@@ -28,7 +28,8 @@ class SeparableConv(GridModule):
         out_dim: Channels that come out; None takes ``dim``.
         dilation: Distance between kernel taps, in tokens.
         bias: Learn offsets, in both parts.
-        norm_layer: Makes a norm of ``dim`` channels between the parts, for tokens ``(B, N, C)``.
+        norm_layer: Makes a norm of ``dim`` channels between the parts, for tokens ``(B, N, C)``:
+            ``nn.LayerNorm``, or ``tokenconv.layers.BatchNorm``, not torch's.
         act_layer: Makes an activation between the parts, behind the norm.
         impl: Implementation of the depthwise op, see ``Impl``; None chooses.
 

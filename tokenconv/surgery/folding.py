@@ -11,7 +11,7 @@ from tokenconv.surgery.edits import inserted_modules, insertion_of
 from tokenconv.surgery.fragments import Replacement
 
 _REASONS = {
-    "beside": "it runs beside {host}, which has no convolution that it could be added to",
+    "beside": "it runs beside {host}, and has no simpler form",
     "replace": "it stands in place of {host}, and has no simpler form",
 }
 """By the first word of a site."""

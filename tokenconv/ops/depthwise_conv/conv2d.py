@@ -26,7 +26,7 @@ def depthwise_conv_conv2d(
     *frames, rows, cols = grid.size
     spatial = x[:, num_prefix_tokens:] if num_prefix_tokens else x
     # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
-    fmap = spatial.reshape(len(x) * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
+    fmap = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
     padding = dilation * (weight.shape[-1] // 2)
     out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=dim)
     if residual:
