@@ -138,9 +138,7 @@ def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
         f"{arm.params / 1e6:.3f} M",
         f"{arm.macs / 1e9:.3f} G",
         f"{measured.latency_ms.median:.1f} ({measured.latency_ms.iqr:.1f})",
-        "baseline"
-        if is_baseline
-        else f"{ratio['median']:.3f}x ({ratio['low']:.3f}-{ratio['high']:.3f})",
+        "baseline" if is_baseline else interval,
         "" if is_baseline else ratio["verdict"],
         f"{measured.images_per_s:.1f}",
         f"{measured.peak_memory_mib:.1f}",
