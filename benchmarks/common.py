@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from tokenconv.profiling import Spread, steady_allocator
-from tokenconv.profiling.measurement import time_interleaved
+from tokenconv.profiling.measurement import Rounds, time_interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,8 +100,7 @@ def time_arms(
     """
     samples = time_interleaved(
         arms,  # pyright: ignore[reportArgumentType]  # asks for Step, and only calls it
-        repeats=args.repeats,
-        warmup=args.warmup,
+        rounds=Rounds.exactly(args.repeats, baseline=over, warmup=args.warmup),
         device=torch.device(args.device),
         tick=bar.update,
     )

@@ -29,6 +29,7 @@ from tokenconv.blocks.official import SOURCES
 from tokenconv.cli import commands, main
 from tokenconv.cli.inputs import build_model, load_images
 from tokenconv.errors import MeasurementError
+from tokenconv.profiling.comparison import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +99,7 @@ def test_compare_succeeds(run: Run):
 
 def test_json_tells_where_and_with_what(run: Run):
     content = run.content
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == SCHEMA_VERSION
     assert content["device"].startswith("cpu")
     assert content["dtype"] == "float32"
     assert content["threads"] == 1
@@ -147,7 +148,15 @@ def test_the_baseline_is_one_times_itself(run: Run):
     ratios = run.arm(content["baseline"])["ratios"]
     assert ratios.pop("params") == ratios.pop("macs") == 1
     for found in ratios.values():
-        assert found["latency"] == {"median": 1, "iqr": 0, "q25": 1, "q75": 1}
+        assert found["latency"] == {
+            "median": 1,
+            "iqr": 0,
+            "q25": 1,
+            "q75": 1,
+            "low": 1,
+            "high": 1,
+            "verdict": "no difference shown",
+        }
         assert found["peak_memory"] == 1
 
 
@@ -234,7 +243,8 @@ def test_nothing_is_left_beside_the_report(run: Run):
 
 def test_compare_prints_the_table_and_the_files(run: Run):
     table, _, files = run.out.partition("\n\n")
-    rows = [line.split()[:2] for line in table.splitlines()[1:]]
+    lines = [line for line in table.splitlines() if not line.startswith("warning: ")]
+    rows = [line.split()[:2] for line in lines[1:]]
     arms = run.content["arms"]
     assert rows == [[mode, arm["name"]] for mode in arms[0]["modes"] for arm in arms]
     for name in ("report.md", "compare.png", "compare.json"):

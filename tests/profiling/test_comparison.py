@@ -1,6 +1,7 @@
 """The figures of a comparison: consistent with each other, with the models, and side by side."""
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -73,7 +74,15 @@ def test_the_baseline_is_one_times_itself(measured: Comparison):
     ratios = measured.arms[0].ratios
     assert ratios["params"] == ratios["macs"] == 1
     for mode in ("infer", "train"):
-        assert ratios[mode]["latency"] == {"median": 1, "iqr": 0, "q25": 1, "q75": 1}
+        assert ratios[mode]["latency"] == {
+            "median": 1,
+            "iqr": 0,
+            "q25": 1,
+            "q75": 1,
+            "low": 1,
+            "high": 1,
+            "verdict": "no difference shown",
+        }
         assert ratios[mode]["peak_memory"] == 1
 
 
@@ -99,7 +108,9 @@ def test_environment_is_told(measured: Comparison):
     assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(told["versions"]) >= {"python", "torch", "timm", "einops", "tokenconv"}
     assert (told["batch_size"], told["input_size"]) == (3, (3, 16, 16))
-    assert (told["repeats"], told["compiled"]) == (3, False)
+    assert (told["rounds"], told["compiled"]) == ({"infer": 3, "train": 3}, False)
+    assert len(told["load"]) == 2
+    assert told["governor"]
 
 
 def test_dictionary_survives_json(measured: Comparison):
@@ -114,7 +125,8 @@ def test_dictionary_survives_json(measured: Comparison):
 
 
 def test_printed_table_has_a_row_per_mode_and_arm(measured: Comparison):
-    header, *rows = str(measured).splitlines()
+    header, *rows = str(dataclasses.replace(measured, warnings=("beware",))).splitlines()
+    assert rows.pop() == "warning: beware"
     assert header.split()[:4] == ["mode", "arm", "params", "MACs"]
     assert [row.split()[:2] for row in rows] == [
         ["infer", "small"], ["infer", "wide"], ["train", "small"], ["train", "wide"],
@@ -171,6 +183,29 @@ def test_latency_ratio_is_paired_round_by_round(planned: dict[str, list[float]])
     assert ratio["median"] == pytest.approx(0.75), "of 2, 1, 0.5 and 0.2; medians give 0.67"
     assert ratio["iqr"] == pytest.approx(1.25 - 0.425)
     assert b.modes["infer"].images_per_s == pytest.approx(1500)
+
+
+def test_a_verdict_needs_ten_rounds(planned: dict[str, list[float]]):
+    for count, verdict in ((9, "no difference shown"), (10, "slower")):
+        planned |= {"a": [1.0] * count, "b": [1.1] * count}
+        result = compare({"a": net(), "b": net()}, images(), mode="infer", repeats=count)
+        assert result.arms[1].ratios["infer"]["latency"]["verdict"] == verdict
+        assert verdict in str(result).splitlines()[2]
+
+
+def test_warns_of_a_busy_machine_and_of_what_is_not_known_well(
+    planned: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (7.5, 0, 0))
+    monkeypatch.setattr(comparison.os, "cpu_count", lambda: 4)
+    planned |= {"a": [1.0] * 20, "b": [1.0, 2.0] * 10, "c": [1.5] * 20}
+    models = {"a": net(), "b": net(), "c": net()}
+    result = compare(models, images(), mode="infer", repeats=20)
+    busy, unknown = result.warnings
+    assert busy.startswith("the machine was busy before: 7.5 processes on 4 cores")
+    assert unknown.startswith("infer of b is known to 33.3% only, not to 2.0%")
+    assert result.load == (7.5, 7.5)
+    assert all(f"warning: {line}" in str(result) for line in result.warnings)
 
 
 def test_another_baseline(planned: dict[str, list[float]]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.profiling import Spread, measurement
-from tokenconv.profiling.measurement import Step, time_interleaved
+from tokenconv.profiling.measurement import Ratio, Rounds, Step, paired, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,8 @@ def time_three(clock: Clock, *, repeats: int, warmup: int, tick: Callable[[], ob
         "b": clock.step("b", lambda round_number: 100 + round_number),
         "c": clock.step("c", lambda round_number: 1000),
     }
-    return time_interleaved(steps, repeats=repeats, warmup=warmup, device=CPU, tick=tick)
+    rounds = Rounds.exactly(repeats, baseline="a", warmup=warmup)
+    return time_interleaved(steps, rounds=rounds, device=CPU, tick=tick)
 
 
 def test_a_round_has_every_arm_once_and_its_order_changes(clock: Clock):
@@ -85,6 +86,86 @@ def test_every_single_step_ticks(clock: Clock):
     ticks: list[int] = []
     time_three(clock, repeats=4, warmup=2, tick=lambda: ticks.append(len(clock.calls)))
     assert ticks == list(range(1, 3 * (4 + 2) + 1))
+
+
+# --- as many rounds as it takes ---
+
+
+class Noisy:
+    """Steps with noise of a shared machine: skewed, with spikes, and a drift that all have."""
+
+    def __init__(self, clock: Clock, seed: int):
+        self.clock, self.random = clock, np.random.default_rng(seed)
+
+    def step(self, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            noise = 1 + 0.05 * abs(self.random.standard_normal())
+            spike = self.random.exponential(0.5) if self.random.random() < 0.1 else 0.0
+            drift = 1 + 0.1 * np.sin(self.clock.now)
+            self.clock.now += seconds * drift * (noise + spike)
+
+        return run
+
+
+def verdict(clock: Clock, seed: int, factor: float) -> tuple[str, int]:
+    noisy = Noisy(clock, seed)
+    steps = {"base": noisy.step(0.1), "other": noisy.step(0.1 * factor)}
+    rounds = Rounds(baseline="base")
+    samples = time_interleaved(steps, rounds=rounds, device=CPU, tick=lambda: None)
+    return paired(samples["other"], samples["base"]).verdict, len(samples["base"])
+
+
+def test_a_planted_slowdown_is_found_and_equal_arms_are_not_called_different(clock: Clock):
+    for factor, expected in ((1.1, "slower"), (1.0, "no difference shown"), (0.9, "faster")):
+        found = [verdict(clock, seed, factor)[0] for seed in range(100)]
+        assert found.count(expected) >= 95, factor
+
+
+def test_rounds_end_when_the_interval_is_narrow_or_the_time_is_over(clock: Clock):
+    steady = {
+        "base": clock.step("base", lambda i: 0.01),
+        "other": clock.step("other", lambda i: 0.02),
+    }
+    samples = time_interleaved(
+        steady, rounds=Rounds(baseline="base"), device=CPU, tick=lambda: None
+    )
+    assert len(samples["base"]) == 20
+    for budget, least in ((4.0, 20), (30.0, 20)):
+        noisy = Noisy(clock, 0)
+        steps = {"base": noisy.step(0.1), "other": noisy.step(0.1)}
+        rounds = Rounds(baseline="base", precision=1e-4, budget_s=budget, least=least, most=120)
+        start = clock.now
+        count = len(time_interleaved(steps, rounds=rounds, device=CPU, tick=lambda: None)["base"])
+        assert 20 <= count <= 120
+        assert (count == 120) is (budget == 30.0)
+        assert budget == 30.0 or clock.now - start < 2 * budget
+
+
+def test_warm_up_goes_on_while_latencies_fall(clock: Clock):
+    """As while an allocator or a compiler learns: by half, round by round, ten times."""
+    step = clock.step("base", lambda i: max(0.1, 100 / 2**i))
+    rounds = Rounds(baseline="base")
+    samples = time_interleaved({"base": step}, rounds=rounds, device=CPU, tick=lambda: None)
+    assert samples["base"] == pytest.approx([100] * 20)
+    restless = clock.step("restless", lambda i: 1.0 + (i % 4 > 1))
+    clock.calls.clear()
+    time_interleaved(
+        {"base": restless}, rounds=Rounds(baseline="base", most=20), device=CPU, tick=lambda: None
+    )
+    assert len(clock.calls) <= 30 + 20
+
+
+@pytest.mark.parametrize("count", [25, 40, 100])
+def test_the_interval_is_that_of_numpys_resampling(count: int):
+    """Ends agree to what chance leaves."""
+    random = np.random.default_rng(count)
+    samples = random.lognormal(0.1, 0.2, count)
+    draws = np.median(random.choice(samples, (20_000, count)), axis=1)
+    low, high = np.quantile(draws, [0.005, 0.995])
+    found = Ratio.of(samples.tolist())
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.06)
+    assert Ratio.of(samples.tolist()) == found
+    assert found.median == pytest.approx(np.median(samples))
 
 
 # --- one step ---

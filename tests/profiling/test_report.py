@@ -51,7 +51,15 @@ def arm(name: str, *, factor: float, difference: float, modes: tuple[Mode, ...] 
             "macs": 1.0,
             **{
                 mode: {
-                    "latency": {"median": factor, "iqr": 0.11, "q25": 0.9, "q75": 1.1},
+                    "latency": {
+                        "median": factor,
+                        "iqr": 0.11,
+                        "q25": 0.9,
+                        "q75": 1.1,
+                        "low": 0.95 * factor,
+                        "high": 1.05 * factor,
+                        "verdict": "no difference shown" if factor == 1 else "slower",
+                    },
                     "peak_memory": factor**0.5,
                 }
                 for mode in modes
@@ -66,7 +74,9 @@ def made_up(modes: tuple[Mode, ...] = MODES) -> Comparison:
         reference="original",
         batch_size=4,
         input_size=(3, 64, 96),
-        repeats=20,
+        rounds=dict.fromkeys(modes, 20),
+        load=(0.25, 2.0),
+        governor="performance",
         compiled=False,
         device="cpu (made up)",
         dtype="float32",
@@ -79,6 +89,7 @@ def made_up(modes: tuple[Mode, ...] = MODES) -> Comparison:
             arm("original", factor=1.44, difference=0, modes=modes),
             arm("mix_ffn", factor=2.25, difference=0, modes=modes),
         ),
+        warnings=("the machine was busy before: 3.0 processes on 2 cores",),
     )
 
 
@@ -127,12 +138,17 @@ def test_report_names_the_model_and_every_arm(report: str):
 def test_report_begins_with_what_was_found(report: str):
     findings = section(report, "")
     assert (
-        "- Inference of **mix_ffn** takes 2.25x the time of attention_only (IQR 0.11; 45.0 ms for "
-        "4 images) and 1.50x its memory." in findings
+        "- Inference of **mix_ffn** takes 2.25x the time of attention_only (2.14 to 2.36: slower; "
+        "45.0 ms for 4 images) and 1.50x its memory." in findings
     )
     assert "- A training step of **original** takes 1.44x the time of attention_only" in findings
     assert "**attention_only** takes" not in findings, "the baseline is not compared with itself"
     assert "- The output of **mix_ffn** is equal to that of original, bit for bit." in findings
+
+
+def test_report_warns_before_it_shows_figures(report: str):
+    assert "> Warning: the machine was busy before: 3.0 processes" in section(report, "")
+    assert "Warning" not in to_markdown(dataclasses.replace(made_up(), warnings=()), ABOUT)
 
 
 def test_report_tells_a_difference_of_the_output():
@@ -158,10 +174,11 @@ def test_report_has_a_row_of_figures_per_mode_and_arm(report: str):
     ]
     found = dict(zip(header, body[5], strict=True))
     assert found["latency ms (IQR)"] == "180.0 (36.0)"
-    assert found["vs baseline (IQR)"] == "2.250x (0.110)"
+    assert found["vs baseline (99% interval)"] == "2.250x (2.137-2.363)"
+    assert found["verdict"] == "slower"
     assert found["peak MiB"] == "75.0"
     assert found["params"] == "8.100 M"
-    assert dict(zip(header, body[0], strict=True))["vs baseline (IQR)"] == "baseline"
+    assert dict(zip(header, body[0], strict=True))["vs baseline (99% interval)"] == "baseline"
 
 
 def test_report_has_the_share_of_every_category(report: str):
@@ -182,7 +199,9 @@ def test_report_says_how_to_repeat_it(report: str):
         "- allocator: glibc, keeps freed memory",
         "- images: 4 of 3x64x96, float32",
         "- device: cpu (made up), 2 threads",
-        "- rounds: 20",
+        "- rounds: 20 infer, 20 train",
+        "- load: 0.2 before, 2.0 after",
+        "- governor: performance",
         "- versions: python 3.11.7, torch 2.15.0",
         "- date: 2026-01-02T03:04:05+00:00",
     ):

@@ -62,6 +62,8 @@ def run_compare(args: argparse.Namespace) -> None:
             mode=args.mode,
             reference=reference,
             repeats=args.repeats,
+            precision=args.precision,
+            budget_s=args.budget,
             compiled=args.compile,
             trace_dir=folder / "traces" if args.trace else None,
             progress=True,

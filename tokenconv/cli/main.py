@@ -75,7 +75,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
     )
     comparing.add_argument("--batch-size", type=_positive, default=4)
-    comparing.add_argument("--repeats", type=_positive, default=20, help="rounds that count")
+    comparing.add_argument(
+        "--repeats", type=_positive, help="rounds that count; None: as many as precision needs"
+    )
+    comparing.add_argument(
+        "--precision", type=_fraction, default=0.02, help="half the interval of a ratio, to reach"
+    )
+    comparing.add_argument(
+        "--budget", type=_positive, default=20, metavar="S", help="seconds of rounds per mode"
+    )
     comparing.add_argument("--mode", default="both", choices=("infer", "train", "both"))
     comparing.add_argument("--compile", action="store_true", help="use torch.compile in every arm")
     comparing.add_argument(
@@ -95,6 +103,16 @@ def _add_block_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=_positive, nargs="+", metavar="H [W]", help="None takes the model's own"
     )
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -1,8 +1,9 @@
 """Compare modules: latency, memory, parameters, MACs and where the time goes, in one paired run."""
 
 import copy
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +17,18 @@ from tqdm import tqdm
 
 from tokenconv.costs import cost, meta_copy
 from tokenconv.errors import MeasurementError, UnknownNameError
-from tokenconv.profiling.measurement import MIB, Mode, Spread, Step, time_interleaved
+from tokenconv.profiling.measurement import (
+    MIB,
+    Mode,
+    Rounds,
+    Spread,
+    Step,
+    paired,
+    time_interleaved,
+)
 from tokenconv.profiling.traces import profile_step
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MODES: dict[str, list[Mode]] = {
     "infer": ["infer"],
     "train": ["train"],
@@ -58,8 +67,8 @@ class Arm:
     """Largest difference of the output from that of the reference arm."""
     modes: dict[Mode, Measured]
     ratios: dict[str, Any]
-    """This arm over the baseline: ``params``, ``macs``, and per mode ``latency`` (median and IQR
-    of the ratios round by round) and ``peak_memory``."""
+    """This arm over the baseline: ``params``, ``macs``, and per mode ``latency`` (a ``Ratio``, from
+    the ratios round by round) and ``peak_memory``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +80,23 @@ class Comparison:
     batch_size: int
     input_size: tuple[int, ...]
     """``(C, H, W)`` of one image."""
-    repeats: int
+    rounds: dict[Mode, int]
+    """Rounds that counted."""
     compiled: bool
     device: str
     dtype: str
     threads: int
+    load: tuple[float, float]
+    """Processes that wanted to run, on the average of a minute, before and after."""
+    governor: str
+    """Of the CPU's frequency."""
     versions: dict[str, str]
     memory_source: str
     """Who counted the memory."""
     date: str
     arms: tuple[Arm, ...]
+    warnings: tuple[str, ...]
+    """Why figures may be worth less than they look."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
@@ -89,18 +105,19 @@ class Comparison:
     def __str__(self) -> str:
         rows = table(self)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(w) if i < 2 else cell.rjust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, *(f"warning: {line}" for line in self.warnings)])
 
 
 _HEADER = (
-    "mode", "arm", "params", "MACs", "latency ms (IQR)", "vs baseline (IQR)", "images/s",
-    "peak MiB", "diff at insertion",
+    "mode", "arm", "params", "MACs", "latency ms (IQR)", "vs baseline (99% interval)", "verdict",
+    "images/s", "peak MiB", "diff at insertion",
 )  # fmt: skip
 
 
@@ -114,13 +131,15 @@ def table(comparison: Comparison) -> list[tuple[str, ...]]:
 def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
     measured, ratio = arm.modes[mode], arm.ratios[mode]["latency"]
     is_baseline = arm.name == comparison.baseline
+    interval = f"{ratio['median']:.3f}x ({ratio['low']:.3f}-{ratio['high']:.3f})"
     return (
         mode,
         arm.name,
         f"{arm.params / 1e6:.3f} M",
         f"{arm.macs / 1e9:.3f} G",
         f"{measured.latency_ms.median:.1f} ({measured.latency_ms.iqr:.1f})",
-        "baseline" if is_baseline else f"{ratio['median']:.3f}x ({ratio['iqr']:.3f})",
+        "baseline" if is_baseline else interval,
+        "" if is_baseline else ratio["verdict"],
         f"{measured.images_per_s:.1f}",
         f"{measured.peak_memory_mib:.1f}",
         f"{arm.max_abs_diff_at_insertion:.1e}" if arm.max_abs_diff_at_insertion else "0",
@@ -134,7 +153,9 @@ def compare(
     mode: Literal["infer", "train", "both"] = "both",
     baseline: str | None = None,
     reference: str | None = None,
-    repeats: int = 20,
+    repeats: int | None = None,
+    precision: float = 0.02,
+    budget_s: float = 20.0,
     warmup: int = 3,
     compiled: bool = False,
     trace_dir: Path | str | None = None,
@@ -150,14 +171,19 @@ def compare(
         mode: ``infer``, ``train`` (forward, backward and AdamW), or ``both``.
         baseline: The arm that ratios refer to; None takes the first.
         reference: The arm that outputs are compared with; None takes the baseline.
-        repeats: Rounds that count.
-        warmup: Rounds before them that do not.
+        repeats: Rounds that count; None takes 20 and as many more as ``precision`` needs.
+        precision: Half the 99% interval of every latency ratio, over the ratio, that is good
+            enough.
+        budget_s: Seconds per mode after which no further round begins, but for the first 20.
+        warmup: Rounds before them that do not count; more where ``repeats`` is None and the
+            latencies go on changing.
         compiled: Run every arm through ``torch.compile``.
         trace_dir: Keep profiler traces here, in a folder per arm; None keeps none.
         progress: Show a progress bar on standard error.
 
     Returns:
-        The comparison; print it for a table, or keep it with ``to_dict``.
+        The comparison; print it for a table, or keep it with ``to_dict``. What is ``faster`` or
+        ``slower`` is so at 99% confidence; ``no difference shown`` is no proof of equality.
 
     Raises:
         MeasurementError: If a model refuses the images or cannot be trained, or if outputs are no
@@ -168,6 +194,12 @@ def compare(
     baseline = baseline or next(iter(models), "")
     reference = reference or baseline
     modes = _checked_modes(models, images, mode, (baseline, reference), repeats, warmup, compiled)
+    rounds = (
+        Rounds(baseline=baseline, precision=precision, budget_s=budget_s, warmup=warmup)
+        if repeats is None
+        else Rounds.exactly(repeats, baseline=baseline, warmup=warmup)
+    )
+    load = _load()
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
         differences = _differences(copies, images, reference)
@@ -176,13 +208,13 @@ def compare(
         counted = {name: _macs_by_flop_counter(m, input_size) for name, m in copies.items()}
         samples: dict[Mode, dict[str, list[float]]] = {}
         measured: dict[str, dict[Mode, Measured]] = {name: {} for name in copies}
-        total = len(modes) * len(copies) * (warmup + repeats + 1)
-        with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
+        known = len(modes) * len(copies) * (warmup + repeats + 1) if repeats else None
+        with tqdm(total=known, desc="measuring", unit="step", disable=not progress) as bar:
             for current in modes:
                 bar.set_postfix_str(current)
                 steps = _steps(copies, images, current, compiled=compiled)
                 samples[current] = time_interleaved(
-                    steps, repeats=repeats, warmup=warmup, device=images.device, tick=bar.update
+                    steps, rounds=rounds, device=images.device, tick=bar.update
                 )
                 for name, step in steps.items():
                     folder = Path(trace_dir) / name if trace_dir else None
@@ -195,44 +227,77 @@ def compare(
             "macs": _ratio(costs[name].macs, costs[baseline].macs),
         }
         for current in modes:
-            own, base = samples[current][name], samples[current][baseline]
-            paired = [a / b for a, b in zip(own, base, strict=True)]
+            ratio = paired(samples[current][name], samples[current][baseline])
             memory = [measured[n][current].peak_memory_mib for n in (name, baseline)]
             found[current] = {
-                "latency": asdict(Spread.of(paired)),
+                "latency": asdict(ratio),
                 "peak_memory": memory[0] / memory[1],
             }
         return found
 
+    arms = tuple(
+        Arm(
+            name=name,
+            params=costs[name].params,
+            macs=costs[name].macs,
+            macs_by_flop_counter=counted[name],
+            bytes=costs[name].bytes,
+            max_abs_diff_at_insertion=differences[name],
+            modes=measured[name],
+            ratios=ratios(name),
+        )
+        for name in copies
+    )
     return Comparison(
         baseline=baseline,
         reference=reference,
         batch_size=len(images),
         input_size=input_size,
-        repeats=repeats,
+        rounds={current: len(samples[current][baseline]) for current in modes},
         compiled=compiled,
         device=_device_name(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        load=(load, _load()),
+        governor=_governor(),
         versions={"python": platform.python_version(), **_versions()},
         memory_source=(
             "CUDA allocator" if images.device.type == "cuda" else "memory events of the profiler"
         ),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        arms=tuple(
-            Arm(
-                name=name,
-                params=costs[name].params,
-                macs=costs[name].macs,
-                macs_by_flop_counter=counted[name],
-                bytes=costs[name].bytes,
-                max_abs_diff_at_insertion=differences[name],
-                modes=measured[name],
-                ratios=ratios(name),
-            )
-            for name in copies
-        ),
+        arms=arms,
+        warnings=tuple(_warnings(arms, baseline, rounds, load)),
     )
+
+
+def _warnings(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> Iterator[str]:
+    """What a reader should know before believing the figures."""
+    cores = os.cpu_count() or 1
+    if load > 0.5 * cores:
+        yield (
+            f"the machine was busy before: {load:.1f} processes on {cores} cores; close what runs, "
+            f"and measure again"
+        )
+    for arm in arms:
+        for mode in arm.modes:
+            latency = arm.ratios[mode]["latency"]
+            half = (latency["high"] - latency["low"]) / 2 / latency["median"]
+            if arm.name != baseline and half > rounds.precision:
+                yield (
+                    f"{mode} of {arm.name} is known to {half:.1%} only, not to "
+                    f"{rounds.precision:.1%}: measure longer (budget, repeats), or on a machine "
+                    f"with less noise"
+                )
+
+
+def _load() -> float:
+    """Processes that want to run, on the average of the last minute; 0 where nobody counts."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _governor() -> str:
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return path.read_text().strip() if path.is_file() else "not told"
 
 
 def _checked_modes(
@@ -240,12 +305,12 @@ def _checked_modes(
     images: Tensor,
     mode: str,
     named: tuple[str, str],
-    repeats: int,
+    repeats: int | None,
     warmup: int,
     compiled: bool,
 ) -> list[Mode]:
     """The modes to measure, once everything else that was asked for makes sense."""
-    if not models or repeats < 1 or warmup < 0:
+    if not models or (repeats is not None and repeats < 1) or warmup < 0:
         raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
     if mode not in _MODES:
         raise UnknownNameError("mode", mode, _MODES)

@@ -35,6 +35,104 @@ class Spread:
         return cls(median, q75 - q25, q25, q75)
 
 
+CONFIDENCE = 0.99
+"""Of the intervals: high, since several arms and modes are judged at once."""
+_ENOUGH = 10  # rounds below which an interval would promise more than it knows
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio(Spread):
+    """How long an arm takes over another one, from ratios round by round.
+
+    The interval is that of the median, by resampling the rounds with replacement (percentile
+    bootstrap, 99%).
+    """
+
+    low: float
+    high: float
+    verdict: str
+    """``faster`` or ``slower`` if the interval excludes 1, and else ``no difference shown``; with
+    fewer than 10 rounds always the latter."""
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Ratio":
+        """Judge ratios; the same ratios give the same interval."""
+        values = torch.tensor(samples, dtype=torch.float64)
+        count = len(values)
+        generator = torch.Generator().manual_seed(0)
+        draws = values[torch.randint(count, (_RESAMPLES, count), generator=generator)]
+        middle = draws.sort(dim=1).values[:, [(count - 1) // 2, count // 2]].mean(dim=1)
+        ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+        low, high = middle.quantile(ends).tolist()
+        known = count >= _ENOUGH
+        verdict = "slower" if low > 1 and known else "faster" if high < 1 and known else None
+        spread = vars(Spread.of(samples))
+        return cls(**spread, low=low, high=high, verdict=verdict or "no difference shown")
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval, over the median."""
+        return (self.high - self.low) / 2 / self.median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How many rounds to time: as many as the precision needs, within a time.
+
+    Args:
+        baseline: The arm that the others are judged against.
+        least: Rounds that count, at least.
+        most: Rounds that count, at most.
+        precision: Half the interval of every ratio, over its median, that is good enough.
+        budget_s: Seconds after which no further round begins, once there are the least.
+        warmup: Rounds before them that do not count, at least; there are more, up to ten times as
+            many, while the steps of an arm go on changing by more than 5%.
+    """
+
+    baseline: str
+    least: int = 20
+    most: int = 500
+    precision: float = 0.02
+    budget_s: float = 20.0
+    warmup: int = 3
+
+    @classmethod
+    def exactly(cls, count: int, *, baseline: str, warmup: int) -> "Rounds":
+        """This many rounds, and this many before them."""
+        return cls(baseline=baseline, least=count, most=count, warmup=warmup)
+
+    def is_warm(self, samples: Mapping[str, Sequence[float]]) -> bool:
+        """Whether what was timed so far is enough to begin."""
+        count = len(next(iter(samples.values())))
+        if count < self.warmup:
+            return False
+        if self.least == self.most or count >= 10 * self.warmup:
+            return True
+        if count < 4:
+            return False
+        halves = [(own[-4:-2], own[-2:]) for own in samples.values()]
+        return all(abs(sum(later) / sum(before) - 1) < 0.05 for before, later in halves)
+
+    def are_enough(self, samples: Mapping[str, Sequence[float]], elapsed_s: float) -> bool:
+        """Whether what counted so far will do."""
+        count = len(samples[self.baseline])
+        if count < self.least:
+            return False
+        if count >= self.most or elapsed_s >= self.budget_s:
+            return True
+        return count % 10 == 0 and all(
+            paired(own, samples[self.baseline]).half_width <= self.precision
+            for name, own in samples.items()
+            if name != self.baseline
+        )
+
+
+def paired(own: Sequence[float], base: Sequence[float]) -> Ratio:
+    """The ratio of two arms from what was timed in the same rounds."""
+    return Ratio.of([a / b for a, b in zip(own, base, strict=True)])
+
+
 class Step:
     """One step of work: a forward pass without gradients, or a whole training step.
 
@@ -108,8 +206,7 @@ def synchronize(device: torch.device) -> None:
 def time_interleaved(
     steps: Mapping[str, Callable[[], object]],
     *,
-    repeats: int,
-    warmup: int,
+    rounds: Rounds,
     device: torch.device,
     tick: Callable[[], object],
 ) -> dict[str, list[float]]:
@@ -117,24 +214,52 @@ def time_interleaved(
 
     Args:
         steps: What to time, by name.
-        repeats: Rounds that count.
-        warmup: Rounds before them that do not.
-        device: Where the steps run.
+        rounds: How often.
+        device: Where the steps run. On a GPU its own clock is read, and its cache is emptied
+            before every step.
         tick: Called after every single step.
 
     Returns:
         Milliseconds per name; the same index is the same round.
     """
     order = random.Random(0)
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(warmup + repeats):
+    timer = _CudaTimer(device) if device.type == "cuda" else _time_ms
+
+    def one_round(samples: dict[str, list[float]]) -> None:
         for name in order.sample(list(steps), len(steps)):
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
-            elapsed_ms = 1e3 * (time.perf_counter() - start)
-            if round_number >= warmup:
-                samples[name].append(elapsed_ms)
+            samples[name].append(timer(steps[name]))
             tick()
+
+    warm: dict[str, list[float]] = {name: [] for name in steps}
+    while not rounds.is_warm(warm):
+        one_round(warm)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    while not rounds.are_enough(samples, time.perf_counter() - start):
+        one_round(samples)
     return samples
+
+
+def _time_ms(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+class _CudaTimer:
+    """Times a step by events on the device, with a cold cache, as a model in a loader loop has."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * l2, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        torch.cuda.synchronize(self.device)
+        start.record(torch.cuda.current_stream(self.device))
+        step()
+        end.record(torch.cuda.current_stream(self.device))
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end)

@@ -51,7 +51,8 @@ def write_figure(comparison: Comparison, title: str, path: Path) -> None:
     size = "x".join(str(s) for s in comparison.input_size)
     figure.suptitle(
         f"{title}: {size}, {comparison.dtype}, {comparison.device}, {comparison.threads} threads; "
-        f"median and interquartile range of {comparison.repeats} rounds",
+        f"median and interquartile range of "
+        f"{', '.join(f'{n} rounds ({mode})' for mode, n in comparison.rounds.items())}",
         fontsize=10,
     )
     figure.savefig(path, dpi=120)

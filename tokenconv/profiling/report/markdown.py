@@ -18,11 +18,14 @@ def to_markdown(comparison: Comparison, about: dict[str, Any]) -> str:
     others = [arm for arm in comparison.arms if arm.name != comparison.baseline]
     title = f"# {about.get('model', 'Comparison')}: {', '.join(a.name for a in comparison.arms)}"
     parts = [title, "\n".join(f"- {line}" for arm in others for line in _findings(arm, comparison))]
+    parts.append("\n".join(f"> Warning: {line}" for line in comparison.warnings))
     header, *rows = table(comparison)
     parts += ["## Figures", _markdown_table(header, rows)]
     parts.append(
         "Latency is the median of one batch, with the interquartile range; `vs baseline` is the "
-        "median of the ratios round by round, arms in turn and in random order, below 1 is faster. "
+        "median of the ratios round by round, arms in turn and in random order, below 1 is faster, "
+        "with its 99% bootstrap interval. The verdict is `faster` or `slower` only where the "
+        "interval excludes 1; `no difference shown` is no proof that there is none. "
         f"Peak memory is counted by the {comparison.memory_source}: what is held between steps "
         "plus the most a step allocates. MACs count convolutions, linears, QK^T and AV."
     )
@@ -40,8 +43,9 @@ def _findings(arm: Arm, comparison: Comparison) -> list[str]:
         latency, memory = arm.ratios[mode]["latency"], arm.ratios[mode]["peak_memory"]
         lines.append(
             f"{_VERBS[mode]} of **{arm.name}** takes {latency['median']:.2f}x the time of "
-            f"{comparison.baseline} (IQR {latency['iqr']:.2f}; {measured.latency_ms.median:.1f} ms "
-            f"for {comparison.batch_size} images) and {memory:.2f}x its memory."
+            f"{comparison.baseline} ({latency['low']:.2f} to {latency['high']:.2f}: "
+            f"{latency['verdict']}; {measured.latency_ms.median:.1f} ms for "
+            f"{comparison.batch_size} images) and {memory:.2f}x its memory."
         )
     difference = arm.max_abs_diff_at_insertion
     if arm.name != comparison.reference:
@@ -74,7 +78,9 @@ def _environment(comparison: Comparison, about: dict[str, Any]) -> str:
         "images": f"{comparison.batch_size} of {size}, {comparison.dtype}",
         "device": f"{comparison.device}, {comparison.threads} threads",
         "compiled": "yes" if comparison.compiled else "no",
-        "rounds": comparison.repeats,
+        "rounds": ", ".join(f"{count} {mode}" for mode, count in comparison.rounds.items()),
+        "load": "{:.1f} before, {:.1f} after".format(*comparison.load),
+        "governor": comparison.governor,
         "versions": ", ".join(f"{k} {v}" for k, v in comparison.versions.items()),
         "date": comparison.date,
     }
