@@ -252,6 +252,49 @@ def test_compare_prints_the_table_and_the_files(run: Run):
     assert ("tensorboard --logdir" in files) is ("--trace" in run.words)
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1e-6, 3)])
+def test_against_an_earlier_run(vit: Run, tmp_path: Path, factor: float, status: int):
+    """Once against what it was, and once as if it had been a million times as fast."""
+    earlier = copy.deepcopy(vit.content)
+    for arm in earlier["arms"]:
+        for mode in arm["modes"]:
+            latency = arm["ratios"][mode]["latency"]
+            latency |= {end: factor * latency[end] for end in ("low", "median", "high")}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    options = "test_vit --block mix_ffn --batch-size 2 --repeats 2"
+    run = compare(
+        tmp_path / "report",
+        f"{options} --against {tmp_path / 'earlier.json'} --fail-if ratio>1000",
+    )
+    assert run.status == status, run.err
+    assert run.out.count("REGRESSION" if status else "no regression shown") == 2
+    assert "ratio>1000" in run.out
+
+
+def test_a_missing_earlier_run_is_told_before_measuring(tmp_path: Path):
+    run = compare(tmp_path / "report", "test_vit --block mix_ffn --against nowhere.json")
+    assert run.status == 1
+    assert "cannot read a comparison from nowhere.json" in run.err
+    assert "measuring" not in run.err
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--fail-if speed>1", "expected 'ratio>1.05' or 'memory>1.1', got 'speed>1'"),
+        ("--precision 2", "expected a number between 0 and 1, got 2"),
+    ],
+)
+def test_rules_and_precisions_that_are_none(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "test_vit", "--block", "mix_ffn", *options.split()])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 # --- options ---
 
 

@@ -14,7 +14,14 @@ from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.blocks.listing import to_json, to_markdown
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import MeasurementError, SurgeryError
-from tokenconv.profiling import compare, report_folder, steady_allocator, write_report
+from tokenconv.profiling import (
+    changes,
+    compare,
+    read_comparison,
+    report_folder,
+    steady_allocator,
+    write_report,
+)
 from tokenconv.surgery import insert_, plan
 from tokenconv.surgery.support import format_matrix
 
@@ -45,9 +52,14 @@ def run_plan(args: argparse.Namespace) -> None:
     print(made.to_json() if args.json else made)
 
 
-def run_compare(args: argparse.Namespace) -> None:
-    """Measure a model with blocks against the same model without, and write the report."""
+def run_compare(args: argparse.Namespace) -> int:
+    """Measure a model with blocks against the same model without, and write the report.
+
+    Returns:
+        3 if a regression against an earlier comparison is shown, else 0.
+    """
     device = _device(args.device)
+    then = read_comparison(args.against) if args.against else None
     allocator = steady_allocator()
     img_size = image_size(args.img_size)
     with report_folder(args.out) as folder:
@@ -82,6 +94,15 @@ def run_compare(args: argparse.Namespace) -> None:
     print(f"figures: {args.out / 'compare.json'}")
     if args.trace:
         print(f"traces: tensorboard --logdir {args.out / 'traces'}, or https://ui.perfetto.dev")
+    return 0 if then is None else _gate(args, then)
+
+
+def _gate(args: argparse.Namespace, then: dict[str, Any]) -> int:
+    """Say what changed since an earlier comparison."""
+    now = read_comparison(args.out / "compare.json")
+    found = changes(now, then, args.fail_if)
+    print(f"\nagainst {args.against}, {args.fail_if}:", *found, sep="\n")
+    return 3 if any(change.regressed for change in found) else 0
 
 
 def build_arms(
@@ -144,7 +165,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "compare": run_compare,
     "list": run_list,
     "plan": run_plan,

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``tokenconv``; None takes those of the process.
 
     Returns:
-        Exit status: 0 done, 1 failed with one clear line on standard error. Wrong usage leaves
-        through ``argparse`` with 2.
+        Exit status: 0 done, 1 failed with one clear line on standard error, 3 a regression is
+        shown. Wrong usage leaves through ``argparse`` with 2.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
     words = sys.argv[1:] if argv is None else list(argv)
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from tokenconv.cli import commands  # imports torch and timm: not for --help
 
-        commands.COMMANDS[args.command](args)
+        return commands.COMMANDS[args.command](args) or 0
     except (TokenConvError, ValueError, RuntimeError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"tokenconv: error: {message}", file=sys.stderr)
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tokenconv: interrupted, nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--out", type=Path, default=Path("tokenconv-report"), metavar="DIR")
     comparing.add_argument("--trace", action="store_true", help="keep profiler traces in DIR")
     comparing.add_argument("--pretrained", action="store_true", help="load pretrained weights")
+    comparing.add_argument(
+        "--against",
+        type=Path,
+        metavar="JSON",
+        help="earlier compare.json; exit 3 if worse",
+    )
+    comparing.add_argument(
+        "--fail-if", type=_rule, default="ratio>1.05", metavar="RULE", help="with --against"
+    )
     comparing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     comparing.add_argument(
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
@@ -103,6 +111,15 @@ def _add_block_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=_positive, nargs="+", metavar="H [W]", help="None takes the model's own"
     )
+
+
+def _rule(text: str) -> object:
+    from tokenconv.profiling.gate import Rule  # imports torch: not for --help
+
+    try:
+        return Rule.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _fraction(text: str) -> float:
