@@ -72,7 +72,7 @@ def compare(folder: Path, options: str) -> Run:
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A ViT in both modes with traces, on scikit-learn's photographs."""
-    options = "test_vit --block mix_ffn --batch-size 2 --repeats 2 --trace"
+    options = "test_vit --block mix_ffn --batch-size 2 --repeats 2 --trace --trace-diff"
     return compare(tmp_path_factory.mktemp("vit") / "deep" / "report", options)
 
 
@@ -242,7 +242,11 @@ def test_nothing_is_left_beside_the_report(run: Run):
 
 
 def test_compare_prints_the_table_and_the_files(run: Run):
-    table, _, files = run.out.partition("\n\n")
+    table, _, rest = run.out.partition("\n\n")
+    files = rest.rpartition("\n\n")[2]
+    if "--trace-diff" in run.words:
+        assert "| mode | arm | operator |" in rest
+        assert "| infer | mix_ffn | `aten::" in rest
     lines = [line for line in table.splitlines() if not line.startswith("warning: ")]
     rows = [line.split()[:2] for line in lines[1:]]
     arms = run.content["arms"]

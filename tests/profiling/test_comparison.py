@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv import MeasurementError, UnknownNameError
-from tokenconv.profiling import Comparison, Spread, compare, comparison
+from tokenconv.profiling import Comparison, Spread, compare, comparison, operator_changes
 from tokenconv.profiling.traces import Category, Profiled
 
 MIB = 2**20
@@ -170,7 +170,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     share = {category.value: float(category is Category.OTHER) for category in Category}
     monkeypatch.setattr(comparison, "time_interleaved", lambda steps, **kwargs: samples)
     monkeypatch.setattr(
-        comparison, "profile_step", lambda step, device, folder: Profiled(share, 3 * MIB)
+        comparison, "profile_step", lambda step, device, folder: Profiled(share, 3 * MIB, {})
     )
     return samples
 
@@ -206,6 +206,29 @@ def test_warns_of_a_busy_machine_and_of_what_is_not_known_well(
     assert unknown.startswith("infer of b is known to 33.3% only, not to 2.0%")
     assert result.load == (7.5, 7.5)
     assert all(f"warning: {line}" in str(result) for line in result.warnings)
+
+
+def test_operators_that_differ_are_listed():
+    more = nn.Sequential(net(), nn.GELU(), nn.Linear(5, 5))
+    result = compare({"a": net(), "more": more}, images(), repeats=2, warmup=0)
+    assert operator_changes(result, "a", "infer") == []
+    for mode in ("infer", "train"):
+        found = {change.name: change for change in operator_changes(result, "more", mode)}
+        gelu, linear = found["aten::gelu"], found["aten::addmm"]
+        assert (gelu.kind, gelu.before.calls, gelu.after.calls) == ("appears", 0, 1)
+        assert (linear.kind, linear.before.calls, linear.after.calls) == ("changes", 1, 2)
+        assert gelu.after.self_ms > 0 == gelu.before.self_ms
+        assert "aten::_convolution" not in found
+        assert ("aten::gelu_backward" in found) is (mode == "train")
+        gaps = [abs(c.after.self_ms - c.before.self_ms) for c in found.values()]
+        assert gaps == sorted(gaps, reverse=True)
+    turned = dataclasses.replace(result, baseline="more")
+    kinds = {change.name: change.kind for change in operator_changes(turned, "a", "train")}
+    assert kinds["aten::gelu"] == "vanishes"
+    with pytest.raises(UnknownNameError, match="unknown arm 'mre': did you mean more"):
+        operator_changes(result, "mre", "infer")
+    with pytest.raises(UnknownNameError, match="unknown mode 'both'"):
+        operator_changes(result, "more", "both")  # pyright: ignore[reportArgumentType]
 
 
 def test_another_baseline(planned: dict[str, list[float]]):

@@ -15,7 +15,7 @@ from tokenconv.profiling import Arm, Comparison, Measured, Spread, report_folder
 from tokenconv.profiling.measurement import Mode
 from tokenconv.profiling.report.figure import write_figure
 from tokenconv.profiling.report.markdown import to_markdown
-from tokenconv.profiling.traces import Category
+from tokenconv.profiling.traces import Category, Operator
 
 MODES: tuple[Mode, ...] = ("infer", "train")
 ABOUT = {
@@ -43,6 +43,8 @@ def arm(name: str, *, factor: float, difference: float, modes: tuple[Mode, ...] 
                 images_per_s=4000 / ms,
                 peak_memory_mib=50 * factor**0.5,
                 time_share=share,
+                operators={"aten::addmm": Operator(24, 3.0)}
+                | ({"aten::_conv_depthwise2d": Operator(12, 4.5 * factor)} if factor > 2 else {}),
             )
             for mode in modes
         },
@@ -144,6 +146,17 @@ def test_report_begins_with_what_was_found(report: str):
     assert "- A training step of **original** takes 1.44x the time of attention_only" in findings
     assert "**attention_only** takes" not in findings, "the baseline is not compared with itself"
     assert "- The output of **mix_ffn** is equal to that of original, bit for bit." in findings
+
+
+def test_report_lists_operators_that_differ(report: str):
+    header, _, *body = rows(section(report, "Operators that differ"))
+    assert header[:4] == ["mode", "arm", "operator", ""]
+    assert body == [
+        [mode, "mix_ffn", "`aten::_conv_depthwise2d`", "appears", "0", "12", "0.00", "10.12"]
+        for mode in MODES
+    ]
+    equal = dataclasses.replace(made_up(), arms=made_up().arms[:2])
+    assert "Every arm runs the operators of the baseline" in to_markdown(equal, ABOUT)
 
 
 def test_report_warns_before_it_shows_figures(report: str):

@@ -16,6 +16,7 @@ from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.profiling import (
     changes,
+    changes_table,
     compare,
     read_comparison,
     report_folder,
@@ -90,6 +91,8 @@ def run_compare(args: argparse.Namespace) -> int:
         }
         write_report(comparison, folder, about=about)
     print(comparison)
+    if args.trace_diff:
+        print(f"\n{changes_table(comparison)}")
     print(f"\nreport: {args.out / 'report.md'}, {args.out / 'compare.png'}")
     print(f"figures: {args.out / 'compare.json'}")
     if args.trace:

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_block_options(comparing)
     comparing.add_argument("--out", type=Path, default=Path("tokenconv-report"), metavar="DIR")
     comparing.add_argument("--trace", action="store_true", help="keep profiler traces in DIR")
+    comparing.add_argument("--trace-diff", action="store_true", help="print operators that differ")
     comparing.add_argument("--pretrained", action="store_true", help="load pretrained weights")
     comparing.add_argument(
         "--against",

@@ -26,7 +26,7 @@ from tokenconv.profiling.measurement import (
     paired,
     time_interleaved,
 )
-from tokenconv.profiling.traces import profile_step
+from tokenconv.profiling.traces import Operator, profile_step
 
 SCHEMA_VERSION = 2
 _MODES: dict[str, list[Mode]] = {
@@ -49,6 +49,8 @@ class Measured:
     """What is held between steps plus the peak of what a step allocates."""
     time_share: dict[str, float]
     """Share of the time by category; adds up to 1."""
+    operators: dict[str, Operator]
+    """Calls and own time of the operators of one step, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,46 @@ class Comparison:
             for row in rows
         ]
         return "\n".join([*lines, *(f"warning: {line}" for line in self.warnings)])
+
+
+@dataclass(frozen=True)
+class OperatorChange:
+    """An operator that an arm runs otherwise than the baseline."""
+
+    name: str
+    kind: Literal["appears", "vanishes", "changes"]
+    before: Operator
+    """In a step of the baseline."""
+    after: Operator
+    """In a step of the arm."""
+
+
+def operator_changes(comparison: Comparison, arm: str, mode: Mode) -> list[OperatorChange]:
+    """Operators that appear, vanish or run more or less often, those that cost most first.
+
+    Args:
+        comparison: What was measured.
+        arm: Name of an arm.
+        mode: ``infer`` or ``train``.
+
+    Raises:
+        UnknownNameError: If there is no such arm or mode.
+    """
+    arms = {one.name: one for one in comparison.arms}
+    if arm not in arms:
+        raise UnknownNameError("arm", arm, arms)
+    if mode not in arms[arm].modes:
+        raise UnknownNameError("mode", mode, arms[arm].modes)
+    nothing = Operator(0, 0)
+    old, new = (arms[name].modes[mode].operators for name in (comparison.baseline, arm))
+    found = []
+    for name in {**old, **new}:
+        before, after = old.get(name, nothing), new.get(name, nothing)
+        if before.calls == after.calls:
+            continue
+        kind = "appears" if name not in old else "vanishes" if name not in new else "changes"
+        found.append(OperatorChange(name, kind, before, after))
+    return sorted(found, key=lambda change: -abs(change.after.self_ms - change.before.self_ms))
 
 
 _HEADER = (
@@ -355,6 +397,7 @@ def _measure(step: Step, samples_ms: list[float], trace_dir: Path | None) -> Mea
         images_per_s=1e3 * len(step.images) / latency.median,
         peak_memory_mib=(step.resident_bytes() + profiled.transient_bytes) / MIB,
         time_share=profiled.time_share,
+        operators=profiled.operators,
     )
 
 

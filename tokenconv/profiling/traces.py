@@ -3,6 +3,7 @@
 import gzip
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tokenconv.profiling.measurement import Step, synchronize
 
 _PREFIX = "tokenconv: "
 _WARMUP_STEPS, _PROFILED_STEPS = 3, 2
+_OPERATORS = ("aten::", "tokenconv::", "Optimizer.step", "Torch-Compiled Region")
 
 
 class Category(StrEnum):
@@ -40,6 +42,16 @@ class Category(StrEnum):
 
 
 @dataclass(frozen=True)
+class Operator:
+    """What one operator did in a step."""
+
+    calls: float
+    """How often it ran."""
+    self_ms: float
+    """Its own time, without that of the operators it called."""
+
+
+@dataclass(frozen=True)
 class Profiled:
     """What one profiled run told."""
 
@@ -47,6 +59,8 @@ class Profiled:
     """Share of the time per ``Category``; adds up to 1."""
     transient_bytes: int
     """Most bytes that were allocated at one moment, on top of what was held before."""
+    operators: dict[str, Operator]
+    """Operators by name, in one step."""
 
 
 def profile_step(step: Step, device: torch.device, trace_dir: Path | None = None) -> Profiled:
@@ -90,7 +104,7 @@ def profile_step(step: Step, device: torch.device, trace_dir: Path | None = None
             transient = torch.cuda.max_memory_allocated(device) - before
         else:
             transient = _peak_of_memory_events(trace)
-    return Profiled(_time_share(run, on_cuda=on_cuda), transient)
+    return Profiled(_time_share(run, on_cuda=on_cuda), transient, _operators(run, on_cuda=on_cuda))
 
 
 def _peak_of_memory_events(trace: Path) -> int:
@@ -236,6 +250,21 @@ def _is_depthwise(event: Any) -> bool:
         shapes = shapes[1:]  # behind the gradient of the output
     fmap, weight = shapes[:2]
     return len(weight) == 4 and weight[1] == 1 < weight[0] and fmap[1] == weight[0]
+
+
+def _operators(run: profile, *, on_cuda: bool) -> dict[str, Operator]:
+    """Calls and own time per operator, of one of the steps that were profiled."""
+    calls: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
+    for event in run.events() or ():
+        if event.device_type == DeviceType.CPU and event.name.startswith(_OPERATORS):
+            own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            calls[event.name] += 1
+            spent[event.name] += own
+    return {
+        name: Operator(calls[name] / _PROFILED_STEPS, spent[name] / 1e3 / _PROFILED_STEPS)
+        for name in sorted(calls)
+    }
 
 
 def _time_share(run: profile, *, on_cuda: bool) -> dict[str, float]:

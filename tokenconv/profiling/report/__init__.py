@@ -12,9 +12,9 @@ from typing import Any
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling.comparison import Comparison
 from tokenconv.profiling.report.figure import write_figure
-from tokenconv.profiling.report.markdown import to_markdown
+from tokenconv.profiling.report.markdown import changes_table, to_markdown
 
-__all__ = ["report_folder", "write_report"]
+__all__ = ["changes_table", "report_folder", "write_report"]
 
 
 @contextmanager

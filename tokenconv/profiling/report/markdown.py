@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenconv.profiling.comparison import Arm, Comparison, table
+from tokenconv.profiling.comparison import Arm, Comparison, operator_changes, table
 
+_CHANGES = ("mode", "arm", "operator", "", "calls before", "after", "own ms before", "after")
+_MOST_CHANGES = 6
 _VERBS = {"infer": "Inference", "train": "A training step"}
 
 
@@ -33,6 +35,7 @@ def to_markdown(comparison: Comparison, about: dict[str, Any]) -> str:
     parts.append(_share_table(comparison))
     if comparison.compiled:
         parts.append("Compiled kernels do the work of several operators; they count as other.")
+    parts += ["## Operators that differ", changes_table(comparison, most=_MOST_CHANGES)]
     parts += ["## How to repeat it", _environment(comparison, about)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,6 +72,28 @@ def _share_table(comparison: Comparison) -> str:
     shares = [arm.modes[mode].time_share for mode in modes for arm in comparison.arms]
     rows = [[category, *(f"{share[category]:.1%}" for share in shares)] for category in shares[0]]
     return _markdown_table(header, rows)
+
+
+def changes_table(comparison: Comparison, *, most: int | None = None) -> str:
+    """Operators that an arm runs otherwise than the baseline, as a Markdown table.
+
+    Args:
+        comparison: What was measured.
+        most: Rows per arm and mode; None takes all.
+    """
+    rows = []
+    for arm in comparison.arms:
+        for mode in arm.modes:
+            for change in operator_changes(comparison, arm.name, mode)[:most]:
+                before, after = change.before, change.after
+                rows.append((
+                    mode, arm.name, f"`{change.name}`", change.kind,
+                    f"{before.calls:g}", f"{after.calls:g}",
+                    f"{before.self_ms:.2f}", f"{after.self_ms:.2f}",
+                ))  # fmt: skip
+    if not rows:
+        return "Every arm runs the operators of the baseline, as often as it does."
+    return _markdown_table(_CHANGES, rows)
 
 
 def _environment(comparison: Comparison, about: dict[str, Any]) -> str:
