@@ -118,7 +118,7 @@ def test_folding_twice_changes_nothing(hybrid, block, site):
 @pytest.mark.parametrize(
     ("site", "reason"),
     [
-        ("beside_mlp", "runs beside blocks.0.mlp, which has no convolution"),
+        ("beside_mlp", "runs beside blocks.0.mlp, and has no simpler form"),
         ("replace_attn", "stands in place of blocks.0.attn"),
     ],
 )
