@@ -300,7 +300,7 @@ def adaptformer():
                down_proj=nn.Linear(D, 64), up_proj=nn.Linear(64, D))  # fmt: skip
 
 
-def with_input(oracle, **names):
+def with_input(**names):
     """A bare convolution of which the Transformer block adds the result."""
     return Net(lambda m, x: x + getattr(m, next(iter(names)))(x), **names)
 
@@ -354,9 +354,9 @@ def resdsc():
 class OnTokens(nn.Module):
     """A module for tokens and their size, on maps; its keys are those of the module."""
 
-    def __init__(self, module, *, pair=False, prefix=False, several=1):
+    def __init__(self, module, *, pair=False, prefix=False):
         super().__init__()
-        self.module, self.pair, self.prefix, self.several = module, pair, prefix, several
+        self.module, self.pair, self.prefix = module, pair, prefix
 
     def forward(self, x):
         rows, cols = x.shape[2:]
@@ -386,10 +386,10 @@ CASES = {
     "van": ("van", "mix_ffn", {}, partial(mix, conv=True)),
     "litv2": ("litv2", "mix_ffn", {}, mix),
     "biformer": ("biformer", "mix_ffn", {}, biformer),
-    "biformer position": ("biformer", "dpe", {}, lambda: with_input(None, pos_embed=dw(D))),
+    "biformer position": ("biformer", "dpe", {}, lambda: with_input(pos_embed=dw(D))),
     "ceit": ("ceit", "leff", {}, ceit),
     "cmt": ("cmt", "irffn", {}, cmt),
-    "cmt position": ("cmt", "lpu", {}, lambda: with_input(None, proj=dw(D))),
+    "cmt position": ("cmt", "lpu", {}, lambda: with_input(proj=dw(D))),
     **{f"localvit {act}": ("localvit", "localvit_ffn", {"act": act}, partial(localvit, act))
        for act in ("relu6", "hs", "hs+se", "hs+eca")},
     "uformer": ("uformer", "uformer_leff", {"eca": True}, uformer),
@@ -415,7 +415,7 @@ CASES = {
     "twins": ("twins", "peg", {}, lambda: OnTokens(twins.PosConv(D, D), pair=True)),
     "coat": ("coat", "cpe", {}, lambda: OnTokens(coat.ConvPosEnc(D), pair=True, prefix=True)),
     "xcit": ("xcit", "lpi", {}, lambda: OnTokens(xcit.LPI(D))),
-    "uniformer": ("uniformer", "dpe", {}, lambda: with_input(None, pos_embed=dw(D))),
+    "uniformer": ("uniformer", "dpe", {}, lambda: with_input(pos_embed=dw(D))),
     "tinyvit": ("tinyvit", "tinyvit_conv", {}, lambda: TinyVitBlock(D, 2).local_conv),
     "convpass": ("convpass", "convpass", {}, convpass),
     "conv_adapter": ("conv_adapter", "conv_adapter", {}, conv_adapter),

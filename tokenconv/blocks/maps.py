@@ -161,10 +161,6 @@ def _fold_norms_(row: nn.Sequential) -> bool:
     return bool(norms)
 
 
-def _grid_of(grid: tuple[Grid, ...]) -> TokenGrid:
-    return TokenGrid.of(*grid)
-
-
 def _checked(fmap: Tensor, dim: int) -> Tensor:
     if fmap.ndim != 4 or fmap.shape[1] != dim:
         raise GridError(
@@ -176,7 +172,7 @@ def _checked(fmap: Tensor, dim: int) -> Tensor:
 
 def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     """Tokens as maps, the frames of a video as images by themselves."""
-    known = _grid_of(grid)
+    known = TokenGrid.of(*grid)
     known.check(x)
     *frames, rows, cols = known.size
     spatial = x[:, known.num_prefix_tokens :]
@@ -187,7 +183,7 @@ def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
 
 def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
     """Maps as tokens, behind the prefix tokens of ``x``."""
-    known = _grid_of(grid)
+    known = TokenGrid.of(*grid)
     count = math.prod((*known.size[:-2], *fmap.shape[2:]))
     tokens = fmap.permute(0, 2, 3, 1).reshape(x.shape[0], count, fmap.shape[1])
     prefix = x[:, : known.num_prefix_tokens]
@@ -203,7 +199,7 @@ def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Te
 
 
 def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
-    known = _grid_of(grid)
+    known = TokenGrid.of(*grid)
     return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
 
 
