@@ -109,8 +109,8 @@ def test_folding_tokens_is_free():
 def test_sites_are_the_inserted_modules():
     model = tc.insert_(timm.create_model("test_vit"), "mix_ffn", blocks=[1, 3])
     cost = tc.cost(model, (3, 160, 160))
-    assert list(cost.sites) == ["blocks.1.mlp.act", "blocks.3.mlp.act"]
-    site = cost.sites["blocks.1.mlp.act"]
+    assert list(cost.sites) == ["blocks.1.mlp.act.before", "blocks.3.mlp.act.before"]
+    site = cost.sites["blocks.1.mlp.act.before"]
     hidden = model.get_submodule("blocks.1.mlp.fc1").out_features
     assert (site.params, site.macs, site.calls) == (10 * hidden, 100 * hidden * 9, 1)
     assert site.input_shape == (1, 101, hidden)

@@ -80,7 +80,7 @@ def price(
     modules = dict(meta.named_modules())
     meter = _Meter()
     hooks: list[RemovableHandle] = []
-    for name in _own_sites(meta) if sites is None else sites:
+    for name in own_modules(meta) if sites is None else sites:
         if (module := modules.get(name)) is None:
             raise UnknownNameError("module", name, modules)
         hooks.append(module.register_forward_pre_hook(meter.enter(name)))
@@ -156,18 +156,45 @@ def _num_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _own_sites(model: nn.Module, prefix: str = "") -> list[str]:
-    """Outermost tokenconv modules; the container of a model's blocks is looked through."""
+def own_modules(model: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the outermost tokenconv modules, looking through what only holds them."""
     names: list[str] = []
     for name, child in model._modules.items():
         if child is None:
             continue
-        ours = type(child).__module__.startswith("tokenconv.")
-        if ours and not isinstance(child, nn.Sequential):
+        if _does_the_work(child):
             names.append(prefix + name)
         else:
-            names.extend(_own_sites(child, f"{prefix}{name}."))
+            names.extend(own_modules(child, f"{prefix}{name}."))
     return names
+
+
+def _does_the_work(module: nn.Module) -> bool:
+    """Whether it is ours, and no mere place in a model where ours stand."""
+    room = type(module).__module__
+    if not room.startswith("tokenconv.surgery."):
+        return room.startswith("tokenconv.")
+    holds_ours = any(type(m).__module__.startswith("tokenconv.layers.") for m in module.children())
+    return holds_ours and bool(module._parameters)
+
+
+def depthwise_modules(model: nn.Module) -> list[str]:
+    """Names of the outermost modules that convolve every channel by itself."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if not inside and _is_depthwise(module):
+            names.append(name)
+    return names
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """One kernel per channel: a weight (C, 1, K, K)."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim < 4 or not weight.shape[1] == 1 < weight.shape[0]:
+        return False
+    groups = getattr(module, "groups", weight.shape[0])  # ours need not say
+    return groups == weight.shape[0]
 
 
 # --- closed formulas: (argument shapes as called, result) -> multiply-accumulates ---

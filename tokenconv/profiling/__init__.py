@@ -1,21 +1,25 @@
 """Measures any modules against each other, side by side in one run."""
 
-from tokenconv.profiling.comparison import (
+from tokenconv.profiling.comparison import compare
+from tokenconv.profiling.gate import Rule, changes
+from tokenconv.profiling.measurement import Spread, steady_allocator
+from tokenconv.profiling.report import changes_table, report_folder, write_report
+from tokenconv.profiling.results import (
     Arm,
     Comparison,
     Measured,
+    Memory,
     OperatorChange,
-    compare,
     operator_changes,
+    read_comparison,
+    schema,
 )
-from tokenconv.profiling.gate import Rule, changes, read_comparison
-from tokenconv.profiling.measurement import Spread, steady_allocator
-from tokenconv.profiling.report import changes_table, report_folder, write_report
 
 __all__ = [
     "Arm",
     "Comparison",
     "Measured",
+    "Memory",
     "OperatorChange",
     "Rule",
     "Spread",
@@ -25,6 +29,7 @@ __all__ = [
     "operator_changes",
     "read_comparison",
     "report_folder",
+    "schema",
     "steady_allocator",
     "write_report",
 ]

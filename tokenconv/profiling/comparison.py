@@ -3,32 +3,39 @@
 import copy
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tokenconv.costs import cost, meta_copy
+from tokenconv.costs import cost, depthwise_modules, meta_copy
 from tokenconv.errors import MeasurementError, UnknownNameError
 from tokenconv.profiling.measurement import (
-    MIB,
+    FAILURES,
     Mode,
     Rounds,
     Spread,
     Step,
+    Timing,
+    is_out_of_memory,
     paired,
+    reason,
     time_interleaved,
 )
-from tokenconv.profiling.traces import Operator, profile_step
+from tokenconv.profiling.memory import measure_memory
+from tokenconv.profiling.results import Arm, Comparison, Measured, Memory
+from tokenconv.profiling.roof import measure_roof
+from tokenconv.profiling.traces import Profiled, profile_step, record_trace
 
-SCHEMA_VERSION = 2
 _MODES: dict[str, list[Mode]] = {
     "infer": ["infer"],
     "train": ["train"],
@@ -36,156 +43,6 @@ _MODES: dict[str, list[Mode]] = {
 }
 _MOST_COMPILED = 8
 _PACKAGES = ("tokenconv", "torch", "timm", "einops")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One arm in one mode."""
-
-    latency_ms: Spread
-    """Of one batch."""
-    images_per_s: float
-    peak_memory_mib: float
-    """What is held between steps plus the peak of what a step allocates."""
-    time_share: dict[str, float]
-    """Share of the time by category; adds up to 1."""
-    operators: dict[str, Operator]
-    """Calls and own time of the operators of one step, by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One of the compared modules."""
-
-    name: str
-    params: int
-    macs: int
-    """Multiply-accumulates for one image, by closed formulas."""
-    macs_by_flop_counter: int
-    """The same by PyTorch's ``FlopCounterMode``, as a cross-check."""
-    bytes: int
-    """Eager traffic for one image."""
-    max_abs_diff_at_insertion: float
-    """Largest difference of the output from that of the reference arm."""
-    modes: dict[Mode, Measured]
-    ratios: dict[str, Any]
-    """This arm over the baseline: ``params``, ``macs``, and per mode ``latency`` (a ``Ratio``, from
-    the ratios round by round) and ``peak_memory``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The result of ``compare``."""
-
-    baseline: str
-    reference: str
-    batch_size: int
-    input_size: tuple[int, ...]
-    """``(C, H, W)`` of one image."""
-    rounds: dict[Mode, int]
-    """Rounds that counted."""
-    compiled: bool
-    device: str
-    dtype: str
-    threads: int
-    load: tuple[float, float]
-    """Processes that wanted to run, on the average of a minute, before and after."""
-    governor: str
-    """Of the CPU's frequency."""
-    versions: dict[str, str]
-    memory_source: str
-    """Who counted the memory."""
-    date: str
-    arms: tuple[Arm, ...]
-    warnings: tuple[str, ...]
-    """Why figures may be worth less than they look."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, ready for JSON."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def __str__(self) -> str:
-        rows = table(self)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *(f"warning: {line}" for line in self.warnings)])
-
-
-@dataclass(frozen=True)
-class OperatorChange:
-    """An operator that an arm runs otherwise than the baseline."""
-
-    name: str
-    kind: Literal["appears", "vanishes", "changes"]
-    before: Operator
-    """In a step of the baseline."""
-    after: Operator
-    """In a step of the arm."""
-
-
-def operator_changes(comparison: Comparison, arm: str, mode: Mode) -> list[OperatorChange]:
-    """Operators that appear, vanish or run more or less often, those that cost most first.
-
-    Args:
-        comparison: What was measured.
-        arm: Name of an arm.
-        mode: ``infer`` or ``train``.
-
-    Raises:
-        UnknownNameError: If there is no such arm or mode.
-    """
-    arms = {one.name: one for one in comparison.arms}
-    if arm not in arms:
-        raise UnknownNameError("arm", arm, arms)
-    if mode not in arms[arm].modes:
-        raise UnknownNameError("mode", mode, arms[arm].modes)
-    nothing = Operator(0, 0)
-    old, new = (arms[name].modes[mode].operators for name in (comparison.baseline, arm))
-    found = []
-    for name in {**old, **new}:
-        before, after = old.get(name, nothing), new.get(name, nothing)
-        if before.calls == after.calls:
-            continue
-        kind = "appears" if name not in old else "vanishes" if name not in new else "changes"
-        found.append(OperatorChange(name, kind, before, after))
-    return sorted(found, key=lambda change: -abs(change.after.self_ms - change.before.self_ms))
-
-
-_HEADER = (
-    "mode", "arm", "params", "MACs", "latency ms (IQR)", "vs baseline (99% interval)", "verdict",
-    "images/s", "peak MiB", "diff at insertion",
-)  # fmt: skip
-
-
-def table(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Header and rows of the result, as text."""
-    modes = list(comparison.arms[0].modes)
-    rows = [_row(arm, mode, comparison) for mode in modes for arm in comparison.arms]
-    return [_HEADER, *rows]
-
-
-def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
-    measured, ratio = arm.modes[mode], arm.ratios[mode]["latency"]
-    is_baseline = arm.name == comparison.baseline
-    interval = f"{ratio['median']:.3f}x ({ratio['low']:.3f}-{ratio['high']:.3f})"
-    return (
-        mode,
-        arm.name,
-        f"{arm.params / 1e6:.3f} M",
-        f"{arm.macs / 1e9:.3f} G",
-        f"{measured.latency_ms.median:.1f} ({measured.latency_ms.iqr:.1f})",
-        "baseline" if is_baseline else interval,
-        "" if is_baseline else ratio["verdict"],
-        f"{measured.images_per_s:.1f}",
-        f"{measured.peak_memory_mib:.1f}",
-        f"{arm.max_abs_diff_at_insertion:.1e}" if arm.max_abs_diff_at_insertion else "0",
-    )
 
 
 def compare(
@@ -199,13 +56,16 @@ def compare(
     precision: float = 0.02,
     budget_s: float = 20.0,
     warmup: int = 3,
-    compiled: bool = False,
+    compiled: bool | Collection[str] = False,
     trace_dir: Path | str | None = None,
     progress: bool = False,
+    about: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Measure modules side by side: one run, same images, arms in turn and in random order.
 
-    The models are copied, so that training steps leave yours alone.
+    The models are copied, so that training steps leave yours alone. An arm that runs out of
+    memory, whose output is not finite or has another shape than that of the reference, or that
+    cannot be trained, says so in the result and does not lose the others.
 
     Args:
         models: What to compare, by name; all on the device and in the dtype of ``images``.
@@ -219,84 +79,67 @@ def compare(
         budget_s: Seconds per mode after which no further round begins, but for the first 20.
         warmup: Rounds before them that do not count; more where ``repeats`` is None and the
             latencies go on changing.
-        compiled: Run every arm through ``torch.compile``.
-        trace_dir: Keep profiler traces here, in a folder per arm; None keeps none.
+        compiled: Run every arm through ``torch.compile``, or those of these names.
+        trace_dir: Keep profiler traces here, in a folder per arm; None keeps none. If it cannot be
+            written, a warning says so.
         progress: Show a progress bar on standard error.
+        about: What else a report shall say, such as ``model`` and ``command``.
 
     Returns:
         The comparison; print it for a table, or keep it with ``to_dict``. What is ``faster`` or
         ``slower`` is so at 99% confidence; ``no difference shown`` is no proof of equality.
 
     Raises:
-        MeasurementError: If a model refuses the images or cannot be trained, or if outputs are no
-            single tensor, not finite, or of different shapes.
-        UnknownNameError: If ``mode`` is none, or ``baseline`` or ``reference`` no arm.
+        MeasurementError: If a model refuses the images, an output is no single tensor, or no arm
+            at all can be measured.
+        UnknownNameError: If ``mode`` is none, or ``baseline``, ``reference`` or a name in
+            ``compiled`` no arm.
         ValueError: If there are no models or images, or a number or an arm's name makes no sense.
     """
     baseline = baseline or next(iter(models), "")
     reference = reference or baseline
-    modes = _checked_modes(models, images, mode, (baseline, reference), repeats, warmup, compiled)
+    compiled = (set(models) if compiled else set()) if isinstance(compiled, bool) else set(compiled)
+    named = (baseline, reference, *sorted(compiled))
+    modes = _checked_modes(models, images, mode, named, repeats, warmup, len(compiled))
     rounds = (
         Rounds(baseline=baseline, precision=precision, budget_s=budget_s, warmup=warmup)
         if repeats is None
         else Rounds.exactly(repeats, baseline=baseline, warmup=warmup)
     )
     load = _load()
+    warnings: list[str] = []
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
-        differences = _differences(copies, images, reference)
-        input_size = tuple(images.shape[1:])
-        costs = {name: cost(model, input_size) for name, model in copies.items()}
-        counted = {name: _macs_by_flop_counter(m, input_size) for name, m in copies.items()}
-        samples: dict[Mode, dict[str, list[float]]] = {}
-        measured: dict[str, dict[Mode, Measured]] = {name: {} for name in copies}
+        differences, broken = _differences(copies, images, reference)
+        roof = measure_roof(images.device, images.dtype)
+        found: dict[Mode, _InMode] = {}
         known = len(modes) * len(copies) * (warmup + repeats + 1) if repeats else None
         with tqdm(total=known, desc="measuring", unit="step", disable=not progress) as bar:
             for current in modes:
                 bar.set_postfix_str(current)
-                steps = _steps(copies, images, current, compiled=compiled)
-                samples[current] = time_interleaved(
+                steps, failed = _steps(copies, images, current, compiled, broken)
+                timing = time_interleaved(
                     steps, rounds=rounds, device=images.device, tick=bar.update
                 )
-                for name, step in steps.items():
-                    folder = Path(trace_dir) / name if trace_dir else None
-                    measured[name][current] = _measure(step, samples[current][name], folder)
-                    bar.update()
-
-    def ratios(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "params": _ratio(costs[name].params, costs[baseline].params),
-            "macs": _ratio(costs[name].macs, costs[baseline].macs),
-        }
-        for current in modes:
-            ratio = paired(samples[current][name], samples[current][baseline])
-            memory = [measured[n][current].peak_memory_mib for n in (name, baseline)]
-            found[current] = {
-                "latency": asdict(ratio),
-                "peak_memory": memory[0] / memory[1],
-            }
-        return found
-
-    arms = tuple(
-        Arm(
-            name=name,
-            params=costs[name].params,
-            macs=costs[name].macs,
-            macs_by_flop_counter=counted[name],
-            bytes=costs[name].bytes,
-            max_abs_diff_at_insertion=differences[name],
-            modes=measured[name],
-            ratios=ratios(name),
+                found[current] = _measure(steps, timing, baseline, failed, bar.update)
+                if trace_dir is not None:
+                    warnings += _record(found[current].steps, images.device, Path(trace_dir))
+        arms = tuple(
+            _arm(name, model, images, name in compiled, differences.get(name), found)
+            for name, model in copies.items()
         )
-        for name in copies
-    )
+    if not any(arm.modes for arm in arms):
+        name, failed = next((arm.name, arm.failures) for arm in arms)
+        raise MeasurementError(f"no arm can be measured; {name}: {next(iter(failed.values()))}")
+    warnings += _doubts(arms, baseline, rounds, load)
     return Comparison(
         baseline=baseline,
         reference=reference,
         batch_size=len(images),
-        input_size=input_size,
-        rounds={current: len(samples[current][baseline]) for current in modes},
-        compiled=compiled,
+        input_size=tuple(images.shape[1:]),
+        memory_format=_memory_format(images),
+        rounds={current: one.rounds for current, one in found.items()},
+        overhead={current: one.overhead for current, one in found.items()},
         device=_device_name(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -307,12 +150,230 @@ def compare(
             "CUDA allocator" if images.device.type == "cuda" else "memory events of the profiler"
         ),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        roof=roof,
         arms=arms,
-        warnings=tuple(_warnings(arms, baseline, rounds, load)),
+        warnings=tuple(warnings),
+        about=dict(about or {}),
     )
 
 
-def _warnings(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> Iterator[str]:
+def _checked_modes(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    mode: str,
+    named: Sequence[str],
+    repeats: int | None,
+    warmup: int,
+    num_compiled: int,
+) -> list[Mode]:
+    """The modes to measure, once everything else that was asked for makes sense."""
+    if not models or (repeats is not None and repeats < 1) or warmup < 0:
+        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
+    if mode not in _MODES:
+        raise UnknownNameError("mode", mode, _MODES)
+    for name in named:
+        if name not in models:
+            raise UnknownNameError("arm", name, models)
+    for name in models:
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"expected arm names that can name a folder, got {name!r}")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"expected images (B, C, H, W), got {tuple(images.shape)}")
+    if num_compiled > _MOST_COMPILED:
+        raise ValueError(
+            f"torch.compile keeps {_MOST_COMPILED} versions of one forward and runs the rest "
+            f"uncompiled, got {num_compiled} models to compile"
+        )
+    return _MODES[mode]
+
+
+# --- before anything is timed ---
+
+
+def _differences(
+    models: Mapping[str, nn.Module], images: Tensor, reference: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Largest absolute difference of each output from the reference's, and what is wrong with some.
+
+    A reference that is wrong is nothing to be compared with.
+    """
+    outputs: dict[str, Tensor] = {}
+    broken: dict[str, str] = {}
+    for name in sorted(models, key=lambda name: name != reference):
+        try:
+            with torch.inference_mode():
+                output = models[name].eval()(images)
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                broken[name] = reason(error)
+                continue
+            shape = "x".join(str(s) for s in images.shape)
+            raise MeasurementError(f"{name} refuses images of {shape}: {error}") from error
+        if not isinstance(output, Tensor):
+            raise MeasurementError(
+                f"expected one tensor as output, {name} gives a {type(output).__name__}"
+            )
+        if not bool(output.isfinite().all()):
+            broken[name] = "its output is not finite; its figures would mean nothing"
+        elif reference in outputs and output.shape != outputs[reference].shape:
+            broken[name] = (
+                f"its output has the shape {tuple(output.shape)}, that of {reference} "
+                f"{tuple(outputs[reference].shape)}"
+            )
+        else:
+            outputs[name] = output
+    if reference not in outputs:
+        return {}, broken
+    return {
+        name: float((output - outputs[reference]).abs().max()) for name, output in outputs.items()
+    }, broken
+
+
+def _steps(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    mode: Mode,
+    compiled: Collection[str],
+    broken: Mapping[str, str],
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The work of every arm, done once to see that it can be done; and why some cannot."""
+    if compiled:
+        torch.compiler.reset()
+    steps: dict[str, Step] = {}
+    failures = dict(broken)
+    for name, model in models.items():
+        if name in broken:
+            continue
+        try:
+            step = Step(model, images, mode, compiled=name in compiled)
+            step()
+        except FAILURES as error:
+            failures[name] = reason(error)
+        else:
+            steps[name] = step
+    return steps, failures
+
+
+# --- once the steps are timed ---
+
+
+@dataclass(frozen=True)
+class _InMode:
+    """What was found in one mode."""
+
+    rounds: int
+    overhead: float
+    steps: dict[str, Step]
+    """Of the arms that did not fail."""
+    measured: dict[str, Measured]
+    failures: dict[str, str]
+
+
+def _measure(
+    steps: Mapping[str, Step],
+    timing: Timing,
+    baseline: str,
+    failures: Mapping[str, str],
+    tick: Callable[[], object],
+) -> _InMode:
+    """Profile every step that was timed, and put its figures together."""
+    failures = {**failures, **timing.failures}
+    profiled: dict[str, tuple[Profiled, Memory]] = {}
+    for name in timing.samples_ms:
+        try:
+            run = profile_step(steps[name], steps[name].images.device)
+            profiled[name] = run, measure_memory(steps[name], run.peaks)
+        except FAILURES as error:
+            failures[name] = reason(error)
+        tick()
+    base_samples = timing.samples_ms.get(baseline)
+    base_memory = profiled[baseline][1].peak if baseline in profiled else None
+    measured = {}
+    for name, (run, memory) in profiled.items():
+        samples = timing.samples_ms[name]
+        latency = Spread.of(samples)
+        measured[name] = Measured(
+            latency_ms=latency,
+            samples_ms=tuple(samples),
+            ratio=paired(samples, base_samples) if base_samples else None,
+            images_per_s=1e3 * len(steps[name].images) / latency.median,
+            memory=memory,
+            memory_ratio=memory.peak / base_memory if base_memory else None,
+            time=run.time,
+            operators=run.operators,
+            depthwise_ms=run.depthwise_ms,
+        )
+    return _InMode(
+        rounds=len(next(iter(timing.samples_ms.values()), [])),
+        overhead=timing.overhead,
+        steps={name: steps[name] for name in measured},
+        measured=measured,
+        failures=failures,
+    )
+
+
+def _record(steps: Mapping[str, Step], device: torch.device, folder: Path) -> Iterator[str]:
+    """Keep a trace of every step; warnings of what could not be kept."""
+    for name, step in steps.items():
+        try:
+            record_trace(step, device, folder / name)
+        except (OSError, *FAILURES) as error:
+            yield f"no trace of {step.mode} of {name} in {folder}: {reason(error)}"
+
+
+def _arm(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    compiled: bool,
+    difference: float | None,
+    found: Mapping[Mode, _InMode],
+) -> Arm:
+    input_size = tuple(images.shape[1:])
+    inserted = cost(model, input_size)
+    return Arm(
+        name=name,
+        compiled=compiled,
+        params=inserted.params,
+        macs=inserted.macs,
+        macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
+        bytes=inserted.bytes,
+        sites=dict(inserted.sites),
+        depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
+        convolutions=_convolutions(model),
+        max_abs_diff_at_insertion=difference,
+        modes={mode: one.measured[name] for mode, one in found.items() if name in one.measured},
+        failures={mode: one.failures[name] for mode, one in found.items() if name in one.failures},
+    )
+
+
+def _convolutions(model: nn.Module) -> dict[str, int]:
+    """How many convolutions there are, by name with ``*`` for numbers."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.ndim >= 4
+    ]
+    inside = tuple(f"{name}." for name in names)
+    outermost = [name for name in names if not name.startswith(inside)]
+    return dict(Counter(re.sub(r"\b\d+\b", "*", name) for name in outermost))
+
+
+def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """PyTorch's own count on the forward pass, half its FLOPs."""
+    meta = meta_copy(model).eval().requires_grad_(False)
+    floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
+
+
+# --- where it was measured ---
+
+
+def _doubts(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> Iterator[str]:
     """What a reader should know before believing the figures."""
     cores = os.cpu_count() or 1
     if load > 0.5 * cores:
@@ -321,12 +382,11 @@ def _warnings(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -
             f"and measure again"
         )
     for arm in arms:
-        for mode in arm.modes:
-            latency = arm.ratios[mode]["latency"]
-            half = (latency["high"] - latency["low"]) / 2 / latency["median"]
-            if arm.name != baseline and half > rounds.precision:
+        for mode, measured in arm.modes.items():
+            ratio = measured.ratio
+            if arm.name != baseline and ratio and ratio.half_width > rounds.precision:
                 yield (
-                    f"{mode} of {arm.name} is known to {half:.1%} only, not to "
+                    f"{mode} of {arm.name} is known to {ratio.half_width:.1%} only, not to "
                     f"{rounds.precision:.1%}: measure longer (budget, repeats), or on a machine "
                     f"with less noise"
                 )
@@ -342,107 +402,9 @@ def _governor() -> str:
     return path.read_text().strip() if path.is_file() else "not told"
 
 
-def _checked_modes(
-    models: Mapping[str, nn.Module],
-    images: Tensor,
-    mode: str,
-    named: tuple[str, str],
-    repeats: int | None,
-    warmup: int,
-    compiled: bool,
-) -> list[Mode]:
-    """The modes to measure, once everything else that was asked for makes sense."""
-    if not models or (repeats is not None and repeats < 1) or warmup < 0:
-        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
-    if mode not in _MODES:
-        raise UnknownNameError("mode", mode, _MODES)
-    for name in named:
-        if name not in models:
-            raise UnknownNameError("arm", name, models)
-    for name in models:
-        if name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"expected arm names that can name a folder, got {name!r}")
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"expected images (B, C, H, W), got {tuple(images.shape)}")
-    if compiled and len(models) > _MOST_COMPILED:
-        raise ValueError(
-            f"torch.compile keeps {_MOST_COMPILED} versions of one forward and runs the rest "
-            f"uncompiled, got {len(models)} models to compare"
-        )
-    return _MODES[mode]
-
-
-def _steps(
-    models: Mapping[str, nn.Module], images: Tensor, mode: Mode, *, compiled: bool
-) -> dict[str, Step]:
-    """The work of every arm, done once to see that it can be done."""
-    if compiled:
-        torch.compiler.reset()
-    steps = {}
-    for name, model in models.items():
-        try:
-            steps[name] = Step(model, images, mode, compiled=compiled)
-            steps[name]()
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise MeasurementError(f"{name} cannot be measured in mode {mode}: {error}") from error
-    return steps
-
-
-def _measure(step: Step, samples_ms: list[float], trace_dir: Path | None) -> Measured:
-    """Summarise the timing of a step, and profile it."""
-    profiled = profile_step(step, step.images.device, trace_dir)
-    latency = Spread.of(samples_ms)
-    return Measured(
-        latency_ms=latency,
-        images_per_s=1e3 * len(step.images) / latency.median,
-        peak_memory_mib=(step.resident_bytes() + profiled.transient_bytes) / MIB,
-        time_share=profiled.time_share,
-        operators=profiled.operators,
-    )
-
-
-def _differences(
-    models: Mapping[str, nn.Module], images: Tensor, reference: str
-) -> dict[str, float]:
-    """Largest absolute difference of each model's output from the reference's."""
-    outputs: dict[str, Tensor] = {}
-    for name, model in models.items():
-        try:
-            with torch.inference_mode():
-                outputs[name] = model.eval()(images)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            shape = "x".join(str(s) for s in images.shape)
-            raise MeasurementError(f"{name} refuses images of {shape}: {error}") from error
-        if not isinstance(outputs[name], Tensor):
-            raise MeasurementError(
-                f"expected one tensor as output, {name} gives a {type(outputs[name]).__name__}"
-            )
-        if not bool(outputs[name].isfinite().all()):
-            raise MeasurementError(f"the output of {name} is not finite; its figures mean nothing")
-    expected = outputs[reference]
-    for name, output in outputs.items():
-        if output.shape != expected.shape:
-            raise MeasurementError(
-                f"outputs differ in shape: {reference} gives {tuple(expected.shape)}, "
-                f"{name} {tuple(output.shape)}"
-            )
-    return {name: float((output - expected).abs().max()) for name, output in outputs.items()}
-
-
-def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """PyTorch's own count on the forward pass, half its FLOPs."""
-    meta = meta_copy(model).eval().requires_grad_(False)
-    floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
-    dtype = next(floating, torch.float32)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
-    return counter.get_total_flops() // 2
-
-
-def _ratio(own: int, base: int) -> float | None:
-    """None where the baseline has nothing to divide by."""
-    return own / base if base else None
+def _memory_format(images: Tensor) -> str:
+    is_last = images.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if is_last and not images.is_contiguous() else "contiguous"
 
 
 def _device_name(device: torch.device) -> str:

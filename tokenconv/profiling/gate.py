@@ -1,16 +1,13 @@
 """Whether a comparison is worse than an earlier one: a gate for continuous integration."""
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling.comparison import SCHEMA_VERSION
+from tokenconv.profiling.measurement import Mode
+from tokenconv.profiling.results import Comparison, Measured
 
-_SAME = ("model", "baseline", "batch_size", "input_size", "dtype", "compiled")
+_SAME = ("baseline", "batch_size", "input_size", "dtype", "memory_format")
 _METRICS = ("ratio", "memory")
 
 
@@ -65,54 +62,23 @@ class Change:
         )
 
 
-def read_comparison(path: Path) -> dict[str, Any]:
-    """Read a ``compare.json``.
-
-    Raises:
-        MeasurementError: If it is none, or of another version.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise MeasurementError(f"cannot read a comparison from {path}: {error}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise MeasurementError(
-            f"{path} has schema_version {version}, expected {SCHEMA_VERSION}: measure it again"
-        )
-    return content
-
-
-def _check_same(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Refuse to judge what was not measured alike."""
-    for key in _SAME:
-        if now.get(key) != then.get(key):
-            raise MeasurementError(
-                f"cannot compare with what was measured before: {key} is {now.get(key)!r}, was "
-                f"{then.get(key)!r}"
-            )
-    missing = _figures(then).keys() - _figures(now).keys()
-    if missing:
-        raise MeasurementError(f"was measured before and is not now: {sorted(missing)}")
-
-
-def changes(now: Mapping[str, Any], then: Mapping[str, Any], rule: Rule) -> list[Change]:
+def changes(now: Comparison, then: Comparison, rule: Rule) -> list[Change]:
     """How the figure of a rule moved in every arm and mode that was there before.
 
     Args:
-        now: Content of a ``compare.json``.
-        then: Content of an older one.
+        now: A comparison.
+        then: An older one.
         rule: What counts as a regression.
 
     Raises:
-        MeasurementError: If model, baseline, batch, size, dtype or compilation differ, or an arm or
-            a mode of then is missing now.
+        MeasurementError: If model, baseline, batch, size, dtype, memory format or compilation
+            differ, or an arm or a mode of then is missing now.
     """
     _check_same(now, then)
     new, old = _figures(now), _figures(then)
     found: list[Change] = []
     for (arm, mode), before in old.items():
-        if arm == then["baseline"]:
+        if arm == then.baseline:
             continue
         low, middle, high = _ends(new[arm, mode], rule.metric)
         old_low, old_middle, old_high = _ends(before, rule.metric)
@@ -123,14 +89,34 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any], rule: Rule) -> list
     return found
 
 
-def _figures(content: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+def _check_same(now: Comparison, then: Comparison) -> None:
+    """Refuse to judge what was not measured alike."""
+    for key, is_now, was in (
+        ("model", now.about.get("model"), then.about.get("model")),
+        *((key, getattr(now, key), getattr(then, key)) for key in _SAME),
+        ("compiled", *({arm.name for arm in one.arms if arm.compiled} for one in (now, then))),
+    ):
+        if is_now != was:
+            raise MeasurementError(
+                f"cannot compare with what was measured before: {key} is {is_now!r}, was {was!r}"
+            )
+    missing = _figures(then).keys() - _figures(now).keys()
+    if missing:
+        raise MeasurementError(f"was measured before and is not now: {sorted(missing)}")
+
+
+def _figures(comparison: Comparison) -> dict[tuple[str, Mode], Measured]:
+    """Of the arms that have something to be compared with."""
     return {
-        (arm["name"], mode): arm["ratios"][mode] for arm in content["arms"] for mode in arm["modes"]
+        (arm.name, mode): measured
+        for arm in comparison.arms
+        for mode, measured in arm.modes.items()
+        if measured.ratio is not None
     }
 
 
-def _ends(ratios: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
-    if metric == "memory":
-        return (ratios["peak_memory"],) * 3
-    latency = ratios["latency"]
-    return latency["low"], latency["median"], latency["high"]
+def _ends(measured: Measured, metric: str) -> tuple[float, float, float]:
+    ratio, memory = measured.ratio, measured.memory_ratio
+    if ratio is None or memory is None:
+        raise MeasurementError("cannot judge an arm whose baseline failed: measure it again")
+    return (memory, memory, memory) if metric == "memory" else (ratio.low, ratio.median, ratio.high)

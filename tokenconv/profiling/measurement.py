@@ -11,8 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 Mode = Literal["infer", "train"]
+Phase = Literal["forward", "backward", "optimizer", "between"]
 MIB = 2**20
 
 
@@ -116,21 +118,41 @@ class Rounds:
 
     def are_enough(self, samples: Mapping[str, Sequence[float]], elapsed_s: float) -> bool:
         """Whether what counted so far will do."""
-        count = len(samples[self.baseline])
+        count = len(next(iter(samples.values())))
         if count < self.least:
             return False
-        if count >= self.most or elapsed_s >= self.budget_s:
+        if count >= self.most or elapsed_s >= self.budget_s or self.baseline not in samples:
             return True
-        return count % 10 == 0 and all(
+        return self._is_time_to_look(count) and all(
             paired(own, samples[self.baseline]).half_width <= self.precision
             for name, own in samples.items()
             if name != self.baseline
         )
 
+    def _is_time_to_look(self, count: int) -> bool:
+        """Ever more rarely (20, 30, ..., 60, 80, 100, 120, 160, ...): it takes ever longer."""
+        stride = 10 * 2 ** max(0, (count // 30).bit_length() - 1)
+        return count % stride == 0
+
 
 def paired(own: Sequence[float], base: Sequence[float]) -> Ratio:
     """The ratio of two arms from what was timed in the same rounds."""
     return Ratio.of([a / b for a, b in zip(own, base, strict=True)])
+
+
+RANGE = "tokenconv: "
+"""Every range of ours that the profiler sees begins with this."""
+
+
+def record_phase(name: Phase) -> record_function:
+    """A range around a phase of a step, for the profiler."""
+    return record_function(RANGE + name)
+
+
+def phase_of_range(name: str) -> Phase | None:
+    """The phase that a range of this name is around; None if it is around none."""
+    phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+    return next((phase for phase in phases if name == RANGE + phase), None)
 
 
 class Step:
@@ -157,25 +179,26 @@ class Step:
     def __call__(self) -> None:
         """Do the work once."""
         if self.optimizer is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), record_phase("forward"):
                 self.run(self.images)
             return
         self.optimizer.zero_grad()
-        self.run(self.images).float().square().mean().backward()
-        self.optimizer.step()
+        with record_phase("forward"):
+            loss = self.run(self.images).float().square().mean()
+        with record_phase("backward"):
+            loss.backward()
+        with record_phase("optimizer"):
+            self.optimizer.step()
 
     def release_gradients(self) -> None:
         """Free what the last step left behind, so that the next one starts as the first did."""
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
-    def resident_bytes(self) -> int:
-        """Bytes held between steps: parameters, buffers, images and optimizer state."""
-        held: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), self.images]
-        if self.optimizer is not None:
-            for state in self.optimizer.state.values():
-                held += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+    def optimizer_state(self) -> list[Tensor]:
+        """What the optimizer keeps between steps."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def steady_allocator() -> str:
@@ -203,14 +226,44 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What was timed."""
+
+    samples_ms: dict[str, list[float]]
+    """Per name; the same index is the same round. Steps that failed are not in it."""
+    failures: dict[str, str]
+    """Why a step failed, by name."""
+    overhead: float
+    """Time of the rounds that was not spent in steps, over that which was."""
+
+
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, MemoryError)
+"""What a step may raise without ending the measurement of the others."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on a CPU."""
+    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return no_memory or "can't allocate memory" in str(error)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"out of memory: {text}" if is_out_of_memory(error) else text
+
+
 def time_interleaved(
     steps: Mapping[str, Callable[[], object]],
     *,
     rounds: Rounds,
     device: torch.device,
-    tick: Callable[[], object],
-) -> dict[str, list[float]]:
+    tick: Callable[[], object] = lambda: None,
+) -> Timing:
     """Time every step in every round, in random order.
+
+    A step that fails is left out from then on; the others go on.
 
     Args:
         steps: What to time, by name.
@@ -218,26 +271,29 @@ def time_interleaved(
         device: Where the steps run. On a GPU its own clock is read, and its cache is emptied
             before every step.
         tick: Called after every single step.
-
-    Returns:
-        Milliseconds per name; the same index is the same round.
     """
     order = random.Random(0)
     timer = _CudaTimer(device) if device.type == "cuda" else _time_ms
+    running, failures = dict(steps), {}
 
     def one_round(samples: dict[str, list[float]]) -> None:
-        for name in order.sample(list(steps), len(steps)):
-            samples[name].append(timer(steps[name]))
+        for name in order.sample(list(running), len(running)):
+            try:
+                samples[name].append(timer(running[name]))
+            except FAILURES as error:
+                failures[name] = reason(error)
+                del running[name], samples[name]
             tick()
 
-    warm: dict[str, list[float]] = {name: [] for name in steps}
-    while not rounds.is_warm(warm):
+    warm: dict[str, list[float]] = {name: [] for name in running}
+    while warm and not rounds.is_warm(warm):
         one_round(warm)
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[str, list[float]] = {name: [] for name in running}
     start = time.perf_counter()
-    while not rounds.are_enough(samples, time.perf_counter() - start):
+    while samples and not rounds.are_enough(samples, time.perf_counter() - start):
         one_round(samples)
-    return samples
+    elapsed_ms, spent_ms = 1e3 * (time.perf_counter() - start), sum(map(sum, samples.values()))
+    return Timing(samples, failures, max(elapsed_ms / spent_ms - 1, 0.0) if spent_ms else 0.0)
 
 
 def _time_ms(step: Callable[[], object]) -> float:

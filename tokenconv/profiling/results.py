@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from tokenconv.costs import SiteCost
 from tokenconv.errors import MeasurementError, UnknownNameError
-from tokenconv.profiling.measurement import MIB, Mode, Ratio, Spread
+from tokenconv.profiling.measurement import MIB, Mode, Phase, Ratio, Spread
 
 SCHEMA_VERSION = 3
-Phase = Literal["forward", "backward", "optimizer", "between"]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling.comparison import Comparison
 from tokenconv.profiling.report.figure import write_figure
 from tokenconv.profiling.report.markdown import changes_table, to_markdown
+from tokenconv.profiling.results import Comparison
 
 __all__ = ["changes_table", "report_folder", "write_report"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenconv.profiling.comparison import Comparison
 from tokenconv.profiling.measurement import Mode
+from tokenconv.profiling.results import Comparison
 
 _BAR = "#4477aa"
 _BASELINE = "#999999"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenconv.profiling.comparison import Arm, Comparison, operator_changes, table
+from tokenconv.profiling.results import Arm, Comparison, operator_changes, table
 
 _CHANGES = ("mode", "arm", "operator", "", "calls before", "after", "own ms before", "after")
 _MOST_CHANGES = 6
