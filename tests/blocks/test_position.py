@@ -7,6 +7,8 @@ from timm.models.tiny_vit import TinyVitBlock
 from timm.models.twins import PosConv
 from timm.models.xcit import LPI
 from torch import nn
+from transformers import PvtConfig
+from transformers.models.pvt.modeling_pvt import PvtPatchEmbeddings
 
 import tokenconv as tc
 
@@ -100,6 +102,41 @@ def test_encoding_is_that_of_its_paper(name, rows, cols):
     assert_same(ours, theirs, rows, cols)
 
 
+def test_learned_positions_are_those_of_pvt():
+    config = PvtConfig(image_size=1, hidden_dropout_prob=0.0)
+    theirs = PvtPatchEmbeddings(config, (10, 14), 2, 2, 3, DIM).double()
+    ours = tc.create_block("abs_pos_embed", dim=DIM, size=(5, 7)).double()
+    ours.pos_embed.data.copy_(theirs.position_embeddings)
+    images = torch.randn(2, 3, 10, 14, dtype=torch.float64)
+    expected, rows, cols = theirs(images)
+    tokens = theirs.layer_norm(theirs.projection(images).flatten(2).transpose(1, 2))
+    found = ours(tokens, rows, cols)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    (of_ours,) = torch.autograd.grad(found.sin().sum(), [ours.pos_embed], retain_graph=True)
+    (of_theirs,) = torch.autograd.grad(expected.sin().sum(), [theirs.position_embeddings])
+    torch.testing.assert_close(of_ours, of_theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 3), (6, 8)])
+def test_learned_positions_are_resized_as_in_pvt(size):
+    rows, cols = size
+    block = tc.create_block("abs_pos_embed", dim=DIM, size=(6, 8)).double()
+    fmap = block.pos_embed.reshape(1, 6, 8, DIM).permute(0, 3, 1, 2)
+    resized = F.interpolate(fmap, size=size, mode="bilinear")
+    expected = resized.reshape(1, DIM, rows * cols).permute(0, 2, 1)
+    zeros = torch.zeros(2, rows * cols, DIM, dtype=torch.float64)
+    found = block(zeros, rows, cols)
+    torch.testing.assert_close(found, expected.expand_as(zeros), rtol=1e-12, atol=1e-12)
+    frames = block(zeros.repeat(1, 3, 1), 3, rows, cols)
+    assert torch.equal(frames, found.repeat(1, 3, 1))
+
+
+@pytest.mark.parametrize(("dim", "size"), [(0, (2, 2)), (8, (0, 2))])
+def test_learned_positions_need_a_size(dim, size):
+    with pytest.raises(ValueError, match="expected positive dim and size, got dim="):
+        tc.create_block("abs_pos_embed", dim=dim, size=size)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("rows", "cols"), [(5, 7), (8, 3)])
 def test_lpi_matches_timm(rows, cols, training):
@@ -130,9 +167,9 @@ def test_official_keys_load(name, key, side):
     assert torch.equal(block.proj.weight, state[f"{key}.weight"])
 
 
-@pytest.mark.parametrize("name", [*ENCODINGS, "lpi", "tinyvit_conv"])
+@pytest.mark.parametrize("name", [*ENCODINGS, "lpi", "tinyvit_conv", "abs_pos_embed"])
 def test_prefix_tokens_pass_unchanged(name):
-    block = randomize_(tc.create_block(name, dim=8, kernel_size=5)).eval()
+    block = randomize_(tc.create_block(name, dim=8)).eval()
     x = torch.randn(2, 2 + 12, 8)
     out = block(x, tc.TokenGrid((3, 4), num_prefix_tokens=2))
     assert torch.equal(out[:, :2], x[:, :2])

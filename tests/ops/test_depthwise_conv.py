@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 import tokenconv as tc
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
+from tokenconv.ops.depthwise_conv.naive import depthwise_conv_naive
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
 
 CASES = {
@@ -57,7 +58,9 @@ def independent(x, weight, bias, grid, dilation, residual):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("implementation", [depthwise_conv_reference, depthwise_conv_conv2d])
+@pytest.mark.parametrize(
+    "implementation", [depthwise_conv_reference, depthwise_conv_conv2d, depthwise_conv_naive]
+)
 def test_matches_the_formula_forward_and_gradients(implementation, case, with_bias, residual):
     size, prefix, kernel_size, dilation = case
     grid, (x, weight, bias) = make(size, prefix, kernel_size)
@@ -98,7 +101,7 @@ def test_conv2d_matches_reference_on_any_shape(
     torch.testing.assert_close(out[-1:], alone, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("impl", ["reference", "conv2d"])
+@pytest.mark.parametrize("impl", ["reference", "conv2d", "naive"])
 def test_gradcheck(impl):
     grid, (x, weight, bias) = make((2, 3), 1, 3, dim=2)
     assert gradcheck(
@@ -106,7 +109,7 @@ def test_gradcheck(impl):
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "conv2d"])
+@pytest.mark.parametrize("impl", ["reference", "conv2d", "naive"])
 def test_shifted_kernel_shifts_rows_and_columns_the_right_way(impl):
     # A kernel with its one at (row 0, column 1) fetches the token above; H != W, by hand.
     x = torch.arange(1.0, 7.0).reshape(1, 6, 1)  # rows (1 2 3) and (4 5 6)
@@ -118,7 +121,7 @@ def test_shifted_kernel_shifts_rows_and_columns_the_right_way(impl):
     assert out.flatten().tolist() == [0, 1, 2, 0, 4, 5]
 
 
-@pytest.mark.parametrize("impl", ["reference", "conv2d"])
+@pytest.mark.parametrize("impl", ["reference", "conv2d", "naive"])
 def test_channels_and_batch_elements_do_not_mix(impl):
     grid, (x, weight, bias) = make((3, 4), 1, 3)
     out = tc.depthwise_conv(x, weight, bias, grid, impl=impl)

@@ -14,7 +14,7 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("impl", [None, "reference", "conv2d"])
+@pytest.mark.parametrize("impl", [None, "reference", "conv2d", "naive"])
 def test_no_convolution_crosses_maps(impl, residual):
     x, weight, bias = draw(2, 2 + 15 + 4 + 7, 6), draw(6, 1, 5, 5), draw(6)
     out = tc.depthwise_conv(x, weight, bias, GRID, residual=residual, impl=impl)

@@ -36,7 +36,7 @@ from tokenconv.blocks.fragments import (
     separable_branch,
 )
 from tokenconv.blocks.gated import GDFN, ConvGLU, GatedCNN
-from tokenconv.blocks.position import CPE, DPE, LPI, LPU, PEG, RepCPE, TinyViTConv
+from tokenconv.blocks.position import CPE, DPE, LPI, LPU, PEG, AbsPosEmbed, RepCPE, TinyViTConv
 from tokenconv.blocks.pyramid import ESP, GroupedConv, MixConv, PydMobileNet
 from tokenconv.blocks.registry import BlockInfo, Paper
 from tokenconv.blocks.separable import (
@@ -321,6 +321,17 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
             Paper("Twins", "2104.13840", source="twins"),
             **_ENCODING,
             sites=_everywhere(PEG, "after_block", "before_block", "before_attn"),
+        ),
+        "abs_pos_embed": _row(
+            "position",
+            AbsPosEmbed,
+            Paper("PVT", "2102.12122"),
+            Paper("ViT", "2010.11929"),
+            formula="x + P, learned for 14 x 14 positions and resized to the grid",
+            params="14*14*C",
+            macs="0",
+            parity_test="test_position.py::test_learned_positions_are_those_of_pvt",
+            sites=_everywhere(AbsPosEmbed, *_IN_FRONT),
         ),
         "lpu": _row(
             "position",

@@ -3,9 +3,12 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import (
@@ -15,7 +18,7 @@ from tokenconv.blocks.chain import (
     init_pvt_,
     init_torch_,
 )
-from tokenconv.grid import Grid
+from tokenconv.grid import Grid, TokenGrid, map_to_tokens, tokens_to_map
 from tokenconv.layers import BatchNorm, DWConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -120,6 +123,68 @@ class RepCPE(PositionalConv):
     """
 
     kernel_size = 7
+
+
+class AbsPosEmbed(GridModule):
+    """Learned absolute position embedding of ViT and PVT: ``x + pos``; no convolution.
+
+    For the attention-only side of a comparison: PVTv2 and SegFormer know positions from the zero
+    padding of their convolutions alone, and without those from nothing. In front of the first
+    block, or of that of every stage. Prefix tokens pass unchanged. Parameters: ``C * H * W``.
+    Starts from a truncated normal of std 0.02.
+
+    Args:
+        dim: Channels C.
+        size: Rows and columns H, W that are learned; on another grid they are resized, bilinearly
+            as in PVT.
+
+    Raises:
+        ValueError: If ``dim`` or a side is not positive.
+
+    References:
+        PVT, https://arxiv.org/abs/2102.12122; ViT, https://arxiv.org/abs/2010.11929
+    """
+
+    def __init__(self, dim: int, *, size: tuple[int, int] = (14, 14)):
+        super().__init__()
+        if min(dim, *size) < 1:
+            raise ValueError(f"expected positive dim and size, got {dim=}, {size=}")
+        self.size = tuple(size)
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(size), dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ViT does."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def init_neutral_(self) -> None:
+        """Make the output equal to the input."""
+        nn.init.zeros_(self.pos_embed)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the papers keep out of weight decay."""
+        return {"pos_embed"}
+
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        """Add the position embedding; see ``GridModule``."""
+        return _add_position(x, self.pos_embed, self.size, grid)
+
+
+def _add_position(
+    x: Tensor, pos_embed: Tensor, size: tuple[int, ...], grid: tuple[Grid, ...]
+) -> Tensor:
+    """One fx node: it depends on sizes."""
+    full = TokenGrid.of(*grid)
+    full.check(x)
+    if torch.compiler.is_compiling() or full.size != size:  # else no graph would take all sizes
+        fmap = tokens_to_map(pos_embed, size)
+        pos_embed = map_to_tokens(F.interpolate(fmap, full.size[-2:], mode="bilinear"))
+    if len(full.size) == 3:  # the same in every frame
+        pos_embed = pos_embed.repeat(1, full.size[0], 1)
+    return x + F.pad(pos_embed, (0, 0, full.num_prefix_tokens, 0)).to(x.dtype)
+
+
+torch.fx.wrap("_add_position")
 
 
 class LPI(Chain):

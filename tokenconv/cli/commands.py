@@ -4,17 +4,19 @@ import argparse
 import copy
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.blocks.listing import to_json, to_markdown
+from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, image_size, load_images
-from tokenconv.errors import MeasurementError, SurgeryError
+from tokenconv.errors import MeasurementError
 from tokenconv.profiling import (
+    Comparison,
     changes,
     changes_table,
     compare,
@@ -23,8 +25,13 @@ from tokenconv.profiling import (
     steady_allocator,
     write_report,
 )
-from tokenconv.surgery import insert_, plan
+from tokenconv.surgery import plan
 from tokenconv.surgery.support import format_matrix
+
+_MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
 
 
 def run_list(args: argparse.Namespace) -> None:
@@ -49,7 +56,7 @@ def run_list(args: argparse.Namespace) -> None:
 def run_plan(args: argparse.Namespace) -> None:
     """Print what inserting a block would change."""
     model = build_model(args.model, image_size(args.img_size))
-    made = plan(model, args.block, **_where(args), **_block_kwargs(args.block, args.kernel_size))
+    made = plan(model, args.block, **_where(args))
     print(made.to_json() if args.json else made)
 
 
@@ -57,90 +64,87 @@ def run_compare(args: argparse.Namespace) -> int:
     """Measure a model with blocks against the same model without, and write the report.
 
     Returns:
-        3 if a regression against an earlier comparison is shown, else 0.
+        1 if an arm failed, 3 if a regression against an earlier comparison is shown, else 0.
     """
-    device = _device(args.device)
     then = read_comparison(args.against) if args.against else None
+    comparison = measure(args)
+    if args.trace_diff:
+        print(f"\n{changes_table(comparison)}")
+    print(f"\nreport: {args.out / 'report.html'}, {args.out / 'report.md'}")
+    print(f"figures: {args.out / 'compare.json'}, {args.out / 'compare.png'}")
+    if args.trace:
+        print(f"traces: tensorboard --logdir {args.out / 'traces'}, or https://ui.perfetto.dev")
+    status = 0
+    if then is not None:
+        found = changes(comparison, then, args.fail_if)
+        print(f"\nagainst {args.against}, {args.fail_if}:", *found, sep="\n")
+        status = 3 if any(change.regressed for change in found) else 0
+    return 1 if _tell_failures(comparison) else status
+
+
+def measure(args: argparse.Namespace) -> Comparison:
+    """Build the arms that the words ask for, compare them, and write the report of it.
+
+    The table is printed before anything is written, so that it is not lost where that fails.
+    """
+    device, dtype = _device(args.device), getattr(torch, args.dtype)
     allocator = steady_allocator()
-    img_size = image_size(args.img_size)
     with report_folder(args.out) as folder:
-        model = build_model(args.model, img_size, pretrained=args.pretrained)
-        arms, reference = build_arms(model, args.block, args.kernel_size, **_where(args))
-        dtype = getattr(torch, args.dtype)
-        arms = {name: arm.to(device, dtype) for name, arm in arms.items()}
+        model = build_model(args.model, image_size(args.img_size), pretrained=args.pretrained)
         images = load_images(model, args.images, args.batch_size)
+        arms, reference = build_arms(
+            model,
+            args.block,
+            beside=args.beside,
+            input_size=tuple(images.shape[1:]),
+            **_where(args),
+        )
+        compiled = set(arms) if args.compile == "on" else set[str]()
+        if args.compile == "both":
+            compiled = {f"{name}_compiled" for name in arms}
+            arms |= {f"{name}_compiled": copy.deepcopy(arm) for name, arm in arms.items()}
+        layout = {"memory_format": _MEMORY_FORMATS[args.memory_format]}
         comparison = compare(
-            arms,
-            images.to(device, dtype),
+            {name: arm.to(device, dtype, **layout) for name, arm in arms.items()},
+            images.to(device, dtype, **layout),
             mode=args.mode,
             reference=reference,
             repeats=args.repeats,
             precision=args.precision,
             budget_s=args.budget,
-            compiled=args.compile,
+            compiled=compiled,
             trace_dir=folder / "traces" if args.trace else None,
             progress=True,
+            about={
+                "model": args.model,
+                "weights": "pretrained" if args.pretrained else "random",
+                "command": shlex.join(["tokenconv", *args.words]),
+                "allocator": allocator,
+            },
         )
-        command = shlex.join(["tokenconv", *args.words])
-        weights = "pretrained" if args.pretrained else "random"
-        about = {
-            "model": args.model,
-            "weights": weights,
-            "command": command,
-            "allocator": allocator,
-        }
-        write_report(comparison, folder, about=about)
-    print(comparison)
-    if args.trace_diff:
-        print(f"\n{changes_table(comparison)}")
-    print(f"\nreport: {args.out / 'report.md'}, {args.out / 'compare.png'}")
-    print(f"figures: {args.out / 'compare.json'}")
-    if args.trace:
-        print(f"traces: tensorboard --logdir {args.out / 'traces'}, or https://ui.perfetto.dev")
-    return 0 if then is None else _gate(args, then)
+        print(comparison)
+        write_report(comparison, folder)
+    return comparison
 
 
-def _gate(args: argparse.Namespace, then: dict[str, Any]) -> int:
-    """Say what changed since an earlier comparison."""
-    now = read_comparison(args.out / "compare.json")
-    found = changes(now, then, args.fail_if)
-    print(f"\nagainst {args.against}, {args.fail_if}:", *found, sep="\n")
-    return 3 if any(change.regressed for change in found) else 0
-
-
-def build_arms(
-    model: nn.Module, names: list[str], kernel_size: int, **where: Any
-) -> tuple[dict[str, nn.Module], str]:
-    """The models to compare, all from the same weights; the first is the baseline.
-
-    A model that has a convolution in its MLPs is compared without it as well: ``attention_only``
-    is then the baseline, and ``original`` the model as timm has it.
-
-    Returns:
-        The arms by name, and the name of the arm that is the model as timm has it.
-    """
-    arms: dict[str, nn.Module] = {}
-    reference = "baseline"
-    try:
-        arms["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
-        reference = "original"
-    except SurgeryError:
-        if "none" in names:
-            raise
-    arms[reference] = model
-    for block in dict.fromkeys(names):
-        if block != "none":
-            arms[block] = insert_(copy.deepcopy(model), block, kernel_size=kernel_size, **where)
-    return arms, reference
-
-
-def _block_kwargs(block: str, kernel_size: int) -> dict[str, Any]:
-    return {} if block == "none" else {"kernel_size": kernel_size}
+def _tell_failures(comparison: Comparison) -> bool:
+    """Say which arms failed, a line each."""
+    lines = [
+        f"{mode} of {arm.name} failed: {why}"
+        for arm in comparison.arms
+        for mode, why in arm.failures.items()
+    ]
+    for line in lines:
+        print(f"tokenconv: error: {line}", file=sys.stderr)
+    return bool(lines)
 
 
 def _where(args: argparse.Namespace) -> dict[str, Any]:
+    """What the words say about a block and where it goes, for ``plan`` and ``insert_``."""
     allow_change = args.site == "replace_attn"  # asked for by name
-    return {"blocks": _blocks(args.blocks), "site": args.site, "allow_change": allow_change}
+    kernel = {} if args.kernel_size is None else {"kernel_size": args.kernel_size}
+    where = {"blocks": _blocks(args.blocks), "site": args.site}
+    return {**where, "allow_change": allow_change, **kernel}
 
 
 def _blocks(text: str | None) -> int | slice | str | None:

@@ -94,7 +94,25 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_positive, default=20, metavar="S", help="seconds of rounds per mode"
     )
     comparing.add_argument("--mode", default="both", choices=("infer", "train", "both"))
-    comparing.add_argument("--compile", action="store_true", help="use torch.compile in every arm")
+    comparing.add_argument(
+        "--compile",
+        nargs="?",
+        const="on",
+        default="off",
+        choices=("off", "on", "both"),
+        help="use torch.compile in every arm, or have every arm with it and without",
+    )
+    comparing.add_argument(
+        "--memory-format", default="contiguous", choices=("contiguous", "channels_last")
+    )
+    comparing.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a further arm: a timm model, position (the baseline with learned positions) or "
+        "naive (copies tokens to maps and back); repeat for several",
+    )
     comparing.add_argument(
         "--images", type=Path, metavar="DIR", help="photographs; None takes scikit-learn's two"
     )
@@ -102,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_block_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel-size", type=_positive, default=3)
+    parser.add_argument("--kernel-size", type=_positive, help="None takes the block's own")
     parser.add_argument("--site", metavar="SITE", help="where in a block, such as beside_mlp")
     parser.add_argument(
         "--blocks",

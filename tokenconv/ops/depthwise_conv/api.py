@@ -13,6 +13,7 @@ from tokenconv.errors import UnknownNameError
 from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, grid_of
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
 from tokenconv.ops.depthwise_conv.gather import depthwise_conv_gather
+from tokenconv.ops.depthwise_conv.naive import depthwise_conv_naive
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
 
 
@@ -23,6 +24,8 @@ class Impl(StrEnum):
     """Shifted multiply-adds, one per kernel tap: slow and obvious."""
     CONV2D = "conv2d"
     """``torch.nn.functional.conv2d`` on a view of the tokens."""
+    NAIVE = "naive"
+    """The same on a copy in NCHW memory, and a copy back: what most code does, as a control."""
     GATHER = "gather"
     """One gather per kernel tap, for tokens that do not fill their grid."""
 
@@ -34,7 +37,11 @@ class Impl(StrEnum):
         return cls(name)
 
 
-_FULL = {Impl.CONV2D: depthwise_conv_conv2d, Impl.REFERENCE: depthwise_conv_reference}
+_FULL = {
+    Impl.CONV2D: depthwise_conv_conv2d,
+    Impl.NAIVE: depthwise_conv_naive,
+    Impl.REFERENCE: depthwise_conv_reference,
+}
 _SPARSE = {Impl.GATHER: depthwise_conv_gather}
 """By kind of grid; the first is taken where none is asked for."""
 
