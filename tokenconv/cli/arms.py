@@ -1,9 +1,11 @@
-"""The arms of a comparison: a model without convolution, with blocks, and what is fair beside them."""
+"""The arms of a comparison: a model without convolution, with blocks, and others beside them."""
 
 import copy
 import math
+import operator
 import re
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -24,7 +26,7 @@ def build_arms(
     names: Sequence[str],
     *,
     beside: Sequence[str] = (),
-    input_size: tuple[int, int, int],
+    image_size: tuple[int, int],
     **options: Any,
 ) -> tuple[dict[str, nn.Module], str]:
     """The models to compare, the first is the baseline; all but timm's from the same weights.
@@ -38,7 +40,7 @@ def build_arms(
         beside: Further arms: ``position`` is the baseline with a learned position embedding in
             front of every stage, ``naive`` a hybrid whose tokens are copied to maps and back, and
             anything else a timm model.
-        input_size: ``(C, H, W)`` of one image.
+        image_size: Rows and columns of the images.
         **options: For ``insert_``.
 
     Returns:
@@ -65,40 +67,44 @@ def build_arms(
     for name in dict.fromkeys(beside):
         if name == POSITION:
             baseline = next(iter(arms))
-            arms[f"{baseline}_{POSITION}"] = _with_positions(model, baseline, input_size)
+            arms[f"{baseline}_{POSITION}"] = _with_positions(model, baseline, image_size)
         elif name == NAIVE:
             if not hybrids:
                 raise MeasurementError("no arm has a depthwise convolution to copy tokens for")
             hybrid, arm = next(reversed(hybrids.items()))
             arms[f"{hybrid}_{NAIVE}"] = _naive(arm)
         else:
-            arms[name] = build_model(name, input_size[1:])
+            arms[name] = build_model(name, image_size)
     return arms, reference
 
 
-def _with_positions(model: nn.Module, baseline: str, input_size: tuple[int, int, int]) -> nn.Module:
+def _with_positions(model: nn.Module, baseline: str, image_size: tuple[int, int]) -> nn.Module:
     """The baseline with a learned position embedding in front of the first block of every stage."""
-    combined = plan(model, "none", allow_change=True) if baseline == "attention_only" else None
+    plans = [plan(model, "none", allow_change=True)] if baseline == "attention_only" else []
     firsts = [n for n, _ in model.named_modules() if re.fullmatch(r"(.+\.)?blocks\.0", n)]
     if not firsts:
         raise MeasurementError(
             "no blocks.0 in the model, in front of which positions could be added"
         )
-    for name, site in cost(model, input_size, sites=firsts).sites.items():
+    for name, site in cost(model, (3, *image_size), sites=firsts).sites.items():
         made = plan(
             model,
             "abs_pos_embed",
             blocks=rf"(^|\.){re.escape(name)}$",
             site="before_block",
-            size=_grid(site.input_shape, input_size),
+            input_size=(3, *image_size),
+            size=_grid(site.input_shape, image_size),
         )
-        combined = made if combined is None else combined + made
-    return insert_(copy.deepcopy(model), combined)
+        plans.append(made)
+    return insert_(copy.deepcopy(model), reduce(operator.add, plans))
 
 
-def _grid(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> tuple[int, int]:
-    """Rows and columns of ``(1, N, C)`` tokens of an image, but for prefix tokens."""
-    height, width = input_size[1:]
+def _grid(shape: tuple[int, ...], image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tokens ``(1, N, C)`` with few of a prefix, or of a map of any layout."""
+    height, width = image_size
+    if len(shape) == 4:
+        rows, cols = shape[1:3] if shape[1] * width == shape[2] * height else shape[2:]
+        return rows, cols
     stride = round(math.sqrt(height * width / shape[1]))
     return height // stride, width // stride
 

@@ -14,6 +14,7 @@ from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.blocks.listing import to_json, to_markdown
 from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, image_size, load_images
+from tokenconv.cli.sweeps import run_sweep
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling import (
     Comparison,
@@ -66,6 +67,8 @@ def run_compare(args: argparse.Namespace) -> int:
     Returns:
         1 if an arm failed, 3 if a regression against an earlier comparison is shown, else 0.
     """
+    if args.sweep:
+        return _sweep(args)
     then = read_comparison(args.against) if args.against else None
     comparison = measure(args)
     if args.trace_diff:
@@ -96,17 +99,17 @@ def measure(args: argparse.Namespace) -> Comparison:
             model,
             args.block,
             beside=args.beside,
-            input_size=tuple(images.shape[1:]),
+            image_size=(images.shape[2], images.shape[3]),
             **_where(args),
         )
         compiled = set(arms) if args.compile == "on" else set[str]()
         if args.compile == "both":
             compiled = {f"{name}_compiled" for name in arms}
             arms |= {f"{name}_compiled": copy.deepcopy(arm) for name, arm in arms.items()}
-        layout = {"memory_format": _MEMORY_FORMATS[args.memory_format]}
+        layout = _MEMORY_FORMATS[args.memory_format]
         comparison = compare(
-            {name: arm.to(device, dtype, **layout) for name, arm in arms.items()},
-            images.to(device, dtype, **layout),
+            {n: arm.to(device, dtype).to(memory_format=layout) for n, arm in arms.items()},
+            images.to(device, dtype).contiguous(memory_format=layout),
             mode=args.mode,
             reference=reference,
             repeats=args.repeats,
@@ -125,6 +128,24 @@ def measure(args: argparse.Namespace) -> Comparison:
         print(comparison)
         write_report(comparison, folder)
     return comparison
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    """Compare at every point; 1 if some failed."""
+    try:
+        points = run_sweep(args, measure)
+    except KeyboardInterrupt:
+        print(
+            f"tokenconv: interrupted; finished points are kept in {args.out / 'points'}, and the "
+            f"same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"\nreport: {args.out / 'report.html'}, {args.out / 'report.md'}")
+    print(f"points: {args.out / 'points'}, each with compare.json and a report")
+    found = [point.comparison for point in points]
+    failed = [comparison is None or _tell_failures(comparison) for comparison in found]
+    return int(any(failed))
 
 
 def _tell_failures(comparison: Comparison) -> bool:

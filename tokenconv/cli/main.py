@@ -1,11 +1,10 @@
-"""The parser, and what happens to errors."""
+"""The entry point, and what happens to errors."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from tokenconv.cli.parser import parse
 from tokenconv.errors import TokenConvError
 
 
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
     words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(words, argparse.Namespace(words=words))
+    args = parse(words)
     try:
         from tokenconv.cli import commands  # imports torch and timm: not for --help
 
@@ -31,127 +30,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tokenconv: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tokenconv: interrupted, nothing was written", file=sys.stderr)
+        print("tokenconv: interrupted, and what was not finished is lost", file=sys.stderr)
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tokenconv", description="Convolution on tokens inside live timm models."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    listing = commands.add_parser("list", help="list the blocks")
-    listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
-    form = listing.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print the blocks as JSON")
-    form.add_argument("--markdown", action="store_true", help="print them as a page, as BLOCKS.md")
-    form.add_argument(
-        "--families", action="store_true", help="list the timm families, and what each can take"
-    )
-
-    planning = commands.add_parser("plan", help="show what inserting a block would change")
-    planning.add_argument("model", metavar="MODEL", help="name of a timm model")
-    planning.add_argument("--block", required=True, metavar="NAME")
-    planning.add_argument("--json", action="store_true", help="print it as JSON")
-    _add_block_options(planning)
-
-    comparing = commands.add_parser(
-        "compare",
-        help="measure a model with blocks against the same model without",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    comparing.add_argument("model", metavar="MODEL", help="name of a timm model")
-    comparing.add_argument(
-        "--block", action="append", required=True, metavar="NAME", help="repeat for several arms"
-    )
-    _add_block_options(comparing)
-    comparing.add_argument("--out", type=Path, default=Path("tokenconv-report"), metavar="DIR")
-    comparing.add_argument("--trace", action="store_true", help="keep profiler traces in DIR")
-    comparing.add_argument("--trace-diff", action="store_true", help="print operators that differ")
-    comparing.add_argument("--pretrained", action="store_true", help="load pretrained weights")
-    comparing.add_argument(
-        "--against",
-        type=Path,
-        metavar="JSON",
-        help="earlier compare.json; exit 3 if worse",
-    )
-    comparing.add_argument(
-        "--fail-if", type=_rule, default="ratio>1.05", metavar="RULE", help="with --against"
-    )
-    comparing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    comparing.add_argument(
-        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
-    )
-    comparing.add_argument("--batch-size", type=_positive, default=4)
-    comparing.add_argument(
-        "--repeats", type=_positive, help="rounds that count; None: as many as precision needs"
-    )
-    comparing.add_argument(
-        "--precision", type=_fraction, default=0.02, help="half the interval of a ratio, to reach"
-    )
-    comparing.add_argument(
-        "--budget", type=_positive, default=20, metavar="S", help="seconds of rounds per mode"
-    )
-    comparing.add_argument("--mode", default="both", choices=("infer", "train", "both"))
-    comparing.add_argument(
-        "--compile",
-        nargs="?",
-        const="on",
-        default="off",
-        choices=("off", "on", "both"),
-        help="use torch.compile in every arm, or have every arm with it and without",
-    )
-    comparing.add_argument(
-        "--memory-format", default="contiguous", choices=("contiguous", "channels_last")
-    )
-    comparing.add_argument(
-        "--beside",
-        action="append",
-        default=[],
-        metavar="ARM",
-        help="a further arm: a timm model, position (the baseline with learned positions) or "
-        "naive (copies tokens to maps and back); repeat for several",
-    )
-    comparing.add_argument(
-        "--images", type=Path, metavar="DIR", help="photographs; None takes scikit-learn's two"
-    )
-    return parser
-
-
-def _add_block_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel-size", type=_positive, help="None takes the block's own")
-    parser.add_argument("--site", metavar="SITE", help="where in a block, such as beside_mlp")
-    parser.add_argument(
-        "--blocks",
-        metavar="N|A:B|REGEX",
-        help="which blocks, such as 0, 6:, or stages.2; None: all",
-    )
-    parser.add_argument(
-        "--img-size", type=_positive, nargs="+", metavar="H [W]", help="None takes the model's own"
-    )
-
-
-def _rule(text: str) -> object:
-    from tokenconv.profiling.gate import Rule  # imports torch: not for --help
-
-    try:
-        return Rule.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return int(text)

@@ -3,13 +3,14 @@
 from tokenconv.profiling.comparison import compare
 from tokenconv.profiling.gate import Rule, changes
 from tokenconv.profiling.measurement import Spread, steady_allocator
-from tokenconv.profiling.report import changes_table, report_folder, write_report
+from tokenconv.profiling.report import changes_table, report_folder, write_report, write_sweep
 from tokenconv.profiling.results import (
     Arm,
     Comparison,
     Measured,
     Memory,
     OperatorChange,
+    Point,
     operator_changes,
     read_comparison,
     schema,
@@ -21,6 +22,7 @@ __all__ = [
     "Measured",
     "Memory",
     "OperatorChange",
+    "Point",
     "Rule",
     "Spread",
     "changes",
@@ -32,4 +34,5 @@ __all__ = [
     "schema",
     "steady_allocator",
     "write_report",
+    "write_sweep",
 ]

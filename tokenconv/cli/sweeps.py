@@ -1,0 +1,93 @@
+"""A sweep: the same comparison at every combination of some options, each kept as it finishes."""
+
+import argparse
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from tqdm import tqdm
+
+from tokenconv.cli.parser import parse
+from tokenconv.errors import MeasurementError, UnknownNameError
+from tokenconv.profiling import Comparison, Point, read_comparison, report_folder, write_sweep
+
+
+def run_sweep(
+    args: argparse.Namespace, measure: Callable[[argparse.Namespace], Comparison]
+) -> list[Point]:
+    """Measure every point that is not in the folder yet, then write the report of all.
+
+    A point is a command line of its own, with a folder of its own. One that fails is told and
+    tried again the next time; the others go on.
+
+    Args:
+        args: Of ``tokenconv compare``, with ``sweep``.
+        measure: Runs one, and writes its folder.
+
+    Raises:
+        MeasurementError: If no point could be measured.
+        UnknownNameError: If there is no model or block of a name.
+    """
+    todo = [(settings, parse(words)) for settings, words in _points(args)]
+    points: list[Point] = []
+    for settings, own in tqdm(todo, desc="sweep", unit="point"):
+        try:
+            comparison = _finished(own) or measure(own)
+        except UnknownNameError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            why = " ".join(str(error).split())
+            print(f"tokenconv: error: {_name(settings)}: {why}", file=sys.stderr)
+            points.append(Point(settings, None, why))
+        else:
+            points.append(Point(settings, comparison, None))
+    if not any(point.comparison for point in points):
+        raise MeasurementError(f"no point of the sweep could be measured: {points[0].failure}")
+    with report_folder(args.out) as folder:
+        command = shlex.join(["tokenconv", *args.words])
+        write_sweep(points, folder, {"model": args.model, "command": command})
+    return points
+
+
+def _points(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Settings and words of every point."""
+    words = list(args.words)
+    for option in ("--sweep", "--out"):
+        words = _without(words, option)
+    options = [option for option, _ in args.sweep]
+    for values in itertools.product(*(values for _, values in args.sweep)):
+        settings = dict(zip(options, values, strict=True))
+        own = ["--out", str(args.out / "points" / _name(settings))]
+        for option, value in settings.items():
+            own += [f"--{option}", *(value.split("x") if option == "img-size" else [value])]
+        yield settings, [*words, *own]
+
+
+def _name(settings: dict[str, str]) -> str:
+    return Point(settings, None, None).name
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """The words without an option and its value."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == option:
+            next(rest, None)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
+
+
+def _finished(args: argparse.Namespace) -> Comparison | None:
+    """What an earlier run with the same words has found here."""
+    path = args.out / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        found = read_comparison(path)
+    except MeasurementError:
+        return None  # of another version: measure it again
+    same = found.about.get("command") == shlex.join(["tokenconv", *args.words])
+    return found if same and not any(arm.failures for arm in found.arms) else None
