@@ -1,20 +1,21 @@
-"""The files of a comparison: written whole, or not at all."""
+"""The files of a comparison or a sweep: written whole, or not at all."""
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling.report.figure import write_figure
-from tokenconv.profiling.report.markdown import changes_table, to_markdown
-from tokenconv.profiling.results import Comparison
+from tokenconv.profiling.report.charts import comparison_charts, sweep_charts
+from tokenconv.profiling.report.figure import write_figures
+from tokenconv.profiling.report.findings import sweep_arms, sweep_modes, title
+from tokenconv.profiling.report.html import sweep_to_html, to_html
+from tokenconv.profiling.report.markdown import changes_table, sweep_to_markdown, to_markdown
+from tokenconv.profiling.results import Comparison, Point, write_comparison
 
-__all__ = ["changes_table", "report_folder", "write_report"]
+__all__ = ["changes_table", "report_folder", "write_report", "write_sweep"]
 
 
 @contextmanager
@@ -54,16 +55,30 @@ def _place(staging: Path, out: Path) -> None:
         made.replace(target)
 
 
-def write_report(comparison: Comparison, folder: Path, *, about: dict[str, Any]) -> None:
-    """Write ``compare.json``, ``report.md`` and ``compare.png``.
+def write_report(comparison: Comparison, folder: Path) -> None:
+    """Write ``compare.json``, ``report.md``, ``report.html``, ``compare.png`` and ``compare.svg``.
 
     Args:
         comparison: What was measured.
         folder: Exists already, see ``report_folder``.
-        about: What the comparison does not know itself, such as ``model`` and ``command``; goes
-            into the JSON as it is, and into the report as a list.
     """
-    content = {**comparison.to_dict(), **about}
-    (folder / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "report.md").write_text(to_markdown(comparison, about))
-    write_figure(comparison, str(about.get("model", "comparison")), folder / "compare.png")
+    write_comparison(comparison, folder / "compare.json")
+    (folder / "report.md").write_text(to_markdown(comparison), "utf-8")
+    (folder / "report.html").write_text(to_html(comparison), "utf-8")
+    rows = [comparison_charts(comparison, mode) for mode in comparison.modes]
+    names = [arm.name for arm in comparison.arms]
+    write_figures(rows, title(comparison.about, names), folder / "compare")
+
+
+def write_sweep(points: Sequence[Point], folder: Path, about: Mapping[str, str]) -> None:
+    """Write ``report.md``, ``report.html``, ``sweep.png`` and ``sweep.svg``.
+
+    Args:
+        points: What was measured; the report of each lies in ``points/<name>/``.
+        folder: Exists already, see ``report_folder``.
+        about: What no point knows itself, such as ``model`` and ``command``.
+    """
+    (folder / "report.md").write_text(sweep_to_markdown(points, about), "utf-8")
+    (folder / "report.html").write_text(sweep_to_html(points, about), "utf-8")
+    rows = [sweep_charts(points, mode) for mode in sweep_modes(points)]
+    write_figures(rows, title(about, sweep_arms(points)), folder / "sweep")

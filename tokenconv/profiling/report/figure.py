@@ -1,106 +1,123 @@
-"""``compare.png``: latency, memory and time share, a row per mode."""
+"""Pictures of charts: many in a file, for papers, or one within a page."""
 
-from collections.abc import Sequence
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.results import Comparison
+from tokenconv.profiling.report.charts import Chart
+from tokenconv.profiling.report.charts.chart import INK, WIDTH
 
-_BAR = "#4477aa"
-_BASELINE = "#999999"
-_SHARES = ("#332288", "#88ccee", "#cc6677", "#ddcc77", "#117733", "#aa4499", "#dddddd")
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "hatch.linewidth": 1,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tokenconv",
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold any letters
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+_INCH = 72.0  # points
+_GUTTER, _TITLE = 30.0, 24.0  # points, between charts and above each
+_NO_TRACE = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
-def write_figure(comparison: Comparison, title: str, path: Path) -> None:
-    """Draw a comparison as a PNG.
+def write_figures(rows: Sequence[Sequence[Chart]], title: str, stem: Path) -> None:
+    """Draw charts as PNG and SVG.
 
     Args:
-        comparison: What was measured.
-        title: What was compared.
-        path: Where the picture goes.
+        rows: Charts beside each other, from top to bottom.
+        title: Of all of them.
+        stem: Where the pictures go, without the ends of their names.
     """
-    modes = list(comparison.arms[0].modes)
-    names = [arm.name for arm in comparison.arms]
-    figure = Figure(
-        figsize=(13, 1.1 + (1.1 + 0.42 * len(names)) * len(modes)), layout="constrained"
+    heights = [_TITLE + max(chart.height for chart in row) + _GUTTER for row in rows]
+    columns = max((len(row) for row in rows), default=1)
+    width, height = columns * (WIDTH + _GUTTER) + _GUTTER, 2 * _GUTTER + sum(heights)
+    with _style():
+        figure = Figure(figsize=(width / _INCH, height / _INCH))
+
+        def write(text: str, left: float, top: float, size: float) -> None:
+            figure.text(left / width, 1 - top / height, text, va="center", size=size, weight="bold")
+
+        write(title, _GUTTER, _GUTTER, 13)
+        top = 2 * _GUTTER
+        for row, taken in zip(rows, heights, strict=True):
+            for column, chart in enumerate(row):
+                left = _GUTTER + column * (WIDTH + _GUTTER)
+                write(chart.title, left, top, 11)
+                _draw(chart, figure, left, top + _TITLE / 2)
+            top += taken
+        figure.savefig(stem.with_suffix(".png"), dpi=120, metadata={"Software": None})
+        figure.savefig(stem.with_suffix(".svg"), metadata=_NO_TRACE)
+
+
+def inline_svg(chart: Chart, prefix: str) -> str:
+    """A chart as an ``<svg>`` element that takes the colour of the text around it.
+
+    Args:
+        chart: What to draw.
+        prefix: Of its ids, which are unique within a page then.
+    """
+    with _style(), io.StringIO() as file:
+        figure = Figure(figsize=(WIDTH / _INCH, chart.height / _INCH))
+        _draw(chart, figure, 0, 0)
+        figure.savefig(file, format="svg", metadata=_NO_TRACE, transparent=True)
+        svg = ElementTree.fromstring(file.getvalue())
+    for element in svg.iter():
+        element.tag = element.tag.rpartition("}")[2]  # HTML has no namespaces
+        element.attrib = {
+            key.rpartition("}")[2]: _inlined(key, value, prefix)
+            for key, value in element.attrib.items()
+        }
+        for style in element.findall("{*}style"):  # would concern the whole page
+            element.remove(style)
+    del svg.attrib["width"], svg.attrib["height"]
+    svg.attrib |= {"role": "img", "aria-label": f"{chart.title}. {chart.words}"}
+    return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _inlined(key: str, value: str, prefix: str) -> str:
+    """The value of an attribute, for use within a page."""
+    if key == "id":
+        return prefix + value
+    if key.endswith("href"):
+        return f"#{prefix}{value.removeprefix('#')}"
+    return value.replace("url(#", f"url(#{prefix}").replace(INK, "currentColor")
+
+
+def _draw(chart: Chart, figure: Figure, left: float, top: float) -> None:
+    """Draw a chart at a place in points."""
+    width, height = (inches * _INCH for inches in figure.get_size_inches())
+    before, above, behind, below = chart.margins
+    inner = WIDTH - before - behind, chart.height - above - below
+    bottom = height - top - chart.height + below
+    ax = figure.add_axes(
+        ((left + before) / width, bottom / height, inner[0] / width, inner[1] / height)
     )
-    grid = figure.subplots(len(modes), 3, squeeze=False, width_ratios=[1, 1, 1.5])
-    for row, mode in zip(grid, modes, strict=True):
-        latency = [arm.modes[mode].latency_ms for arm in comparison.arms]
-        _bars(
-            row[0],
-            comparison,
-            f"{mode}: latency of {comparison.batch_size} images [ms]",
-            [spread.median for spread in latency],
-            [arm.ratios[mode]["latency"]["median"] for arm in comparison.arms],
-            [[s.median - s.q25 for s in latency], [s.q75 - s.median for s in latency]],
-        )
-        _bars(
-            row[1],
-            comparison,
-            f"{mode}: peak memory [MiB]",
-            [arm.modes[mode].peak_memory_mib for arm in comparison.arms],
-            [arm.ratios[mode]["peak_memory"] for arm in comparison.arms],
-        )
-        _shares(row[2], comparison, mode)
-    handles, labels = grid[0][2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    size = "x".join(str(s) for s in comparison.input_size)
-    figure.suptitle(
-        f"{title}: {size}, {comparison.dtype}, {comparison.device}, {comparison.threads} threads; "
-        f"median and interquartile range of "
-        f"{', '.join(f'{n} rounds ({mode})' for mode, n in comparison.rounds.items())}",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=120)
+    chart.draw(ax)
 
 
-def _bars(
-    ax: Axes,
-    comparison: Comparison,
-    title: str,
-    values: Sequence[float],
-    ratios: Sequence[float],
-    quartiles: Sequence[Sequence[float]] | None = None,
-) -> None:
-    names = [arm.name for arm in comparison.arms]
-    is_baseline = [name == comparison.baseline for name in names]
-    colors = [_BASELINE if base else _BAR for base in is_baseline]
-    bars = ax.barh(names, values, xerr=quartiles, color=colors, capsize=3)
-    labels = [
-        f"{value:.1f}" if base else f"{value:.1f}  ({ratio:.2f}x)"
-        for value, ratio, base in zip(values, ratios, is_baseline, strict=True)
-    ]
-    ax.bar_label(bars, labels, padding=6, fontsize=9)
-    ends = (
-        [v + upper for v, upper in zip(values, quartiles[1], strict=True)] if quartiles else values
-    )
-    ax.set_xlim(right=1.45 * max(ends))  # room for the label behind bar and whisker
-    ax.set_title(title, fontsize=10, loc="left")
-    _tidy(ax)
-
-
-def _shares(ax: Axes, comparison: Comparison, mode: Mode) -> None:
-    names = [arm.name for arm in comparison.arms]
-    left = [0.0] * len(names)
-    for category, color in zip(comparison.arms[0].modes[mode].time_share, _SHARES, strict=True):
-        widths = [arm.modes[mode].time_share[category] for arm in comparison.arms]
-        bars = ax.barh(names, widths, left=left, color=color, label=category, edgecolor="white")
-        dark = color in ("#332288", "#117733", "#aa4499", "#cc6677")
-        ax.bar_label(
-            bars, [f"{w:.0%}" if w > 0.05 else "" for w in widths], label_type="center",
-            fontsize=8, color="white" if dark else "black",
-        )  # fmt: skip
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    ax.set_xlim(0, 1)
-    ax.set_title(f"{mode}: share of the time", fontsize=10, loc="left")
-    _tidy(ax)
-
-
-def _tidy(ax: Axes) -> None:
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9)
+@contextmanager
+def _style() -> Iterator[None]:
+    with rc_context(_STYLE), warnings.catch_warnings():
+        # A PNG shows a box for it, an SVG has the fonts of whoever looks at it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield

@@ -1,77 +1,62 @@
 """``report.md``: what was found first, then the figures, then how to repeat it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from tokenconv.profiling.results import Arm, Comparison, operator_changes, table
+from tokenconv.profiling.report import findings, tables
+from tokenconv.profiling.report.environment import environment, shared_environment
+from tokenconv.profiling.report.glossary import GLOSSARY
+from tokenconv.profiling.report.sweep import points_table
+from tokenconv.profiling.report.table import Cell, Table
+from tokenconv.profiling.results import Comparison, Point
 
-_CHANGES = ("mode", "arm", "operator", "", "calls before", "after", "own ms before", "after")
-_MOST_CHANGES = 6
-_VERBS = {"infer": "Inference", "train": "A training step"}
+_MOST_CHANGES = _MOST_SAVED = 6
+_NO_CHANGES = "Every arm runs the operators of the baseline, as often as it does."
 
 
-def to_markdown(comparison: Comparison, about: dict[str, Any]) -> str:
-    """The whole report as Markdown.
+def to_markdown(comparison: Comparison) -> str:
+    """The whole report of a comparison as Markdown."""
+    about = comparison.about
+    sections = {
+        "Figures": _table(tables.figures(comparison))
+        + "\n\n![latency, memory, time and roofline](compare.png)",
+        "Memory": _table(tables.memory(comparison)),
+        "Where the time goes": _table(tables.time_shares(comparison)),
+        "What was inserted": _table(tables.sites(comparison, aggregated=True)),
+        "Activations saved": _table(tables.saved_activations(comparison, most=_MOST_SAVED)),
+        "Operators that differ": changes_table(comparison, most=_MOST_CHANGES),
+        "Convolutions": _table(tables.convolutions(comparison)),
+        "How to repeat it": _facts(environment(comparison)),
+        "What the words mean": _facts(GLOSSARY),
+    }
+    return _page(
+        findings.title(about, [arm.name for arm in comparison.arms]),
+        findings.introduction(comparison),
+        findings.findings(comparison),
+        {"Failed": findings.failures(comparison), "Warning": comparison.warnings},
+        sections,
+    )
+
+
+def sweep_to_markdown(points: Sequence[Point], about: Mapping[str, str]) -> str:
+    """The whole report of a sweep as Markdown.
 
     Args:
-        comparison: What was measured.
-        about: Further facts, listed under the environment.
+        points: What was measured.
+        about: What no point knows itself, such as ``model`` and ``command``.
     """
-    others = [arm for arm in comparison.arms if arm.name != comparison.baseline]
-    title = f"# {about.get('model', 'Comparison')}: {', '.join(a.name for a in comparison.arms)}"
-    parts = [title, "\n".join(f"- {line}" for arm in others for line in _findings(arm, comparison))]
-    parts.append("\n".join(f"> Warning: {line}" for line in comparison.warnings))
-    header, *rows = table(comparison)
-    parts += ["## Figures", _markdown_table(header, rows)]
-    parts.append(
-        "Latency is the median of one batch, with the interquartile range; `vs baseline` is the "
-        "median of the ratios round by round, arms in turn and in random order, below 1 is faster, "
-        "with its 99% bootstrap interval. The verdict is `faster` or `slower` only where the "
-        "interval excludes 1; `no difference shown` is no proof that there is none. "
-        f"Peak memory is counted by the {comparison.memory_source}: what is held between steps "
-        "plus the most a step allocates. MACs count convolutions, linears, QK^T and AV."
+    measured = findings.measured_points(points)
+    facts = shared_environment(measured[0][1], about) if measured else about
+    return _page(
+        findings.title(about, findings.sweep_arms(points)),
+        findings.sweep_introduction(points),
+        findings.sweep_findings(points),
+        {"Failed": findings.sweep_failures(points), "Warning": findings.sweep_warnings(points)},
+        {
+            "Points": _table(points_table(points)) + "\n\n![curves](sweep.png)",
+            "How to repeat it": _facts(facts),
+            "What the words mean": _facts(GLOSSARY),
+        },
     )
-    parts += ["![latency, memory and time share](compare.png)", "## Where the time goes"]
-    parts.append(_share_table(comparison))
-    if comparison.compiled:
-        parts.append("Compiled kernels do the work of several operators; they count as other.")
-    parts += ["## Operators that differ", changes_table(comparison, most=_MOST_CHANGES)]
-    parts += ["## How to repeat it", _environment(comparison, about)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _findings(arm: Arm, comparison: Comparison) -> list[str]:
-    lines = []
-    for mode, measured in arm.modes.items():
-        latency, memory = arm.ratios[mode]["latency"], arm.ratios[mode]["peak_memory"]
-        lines.append(
-            f"{_VERBS[mode]} of **{arm.name}** takes {latency['median']:.2f}x the time of "
-            f"{comparison.baseline} ({latency['low']:.2f} to {latency['high']:.2f}: "
-            f"{latency['verdict']}; {measured.latency_ms.median:.1f} ms for "
-            f"{comparison.batch_size} images) and {memory:.2f}x its memory."
-        )
-    difference = arm.max_abs_diff_at_insertion
-    if arm.name != comparison.reference:
-        lines.append(
-            f"The output of **{arm.name}** is equal to that of {comparison.reference}, bit for bit."
-            if difference == 0
-            else f"The output of **{arm.name}** differs from that of {comparison.reference} by up "
-            f"to {difference:.2g}."
-        )
-    if arm.macs != arm.macs_by_flop_counter:
-        lines.append(
-            f"MACs of **{arm.name}** are not confirmed: {arm.macs:,} by formula, "
-            f"{arm.macs_by_flop_counter:,} by PyTorch's FlopCounterMode."
-        )
-    return lines
-
-
-def _share_table(comparison: Comparison) -> str:
-    modes = list(comparison.arms[0].modes)
-    header = ["category", *(f"{mode}: {arm.name}" for mode in modes for arm in comparison.arms)]
-    shares = [arm.modes[mode].time_share for mode in modes for arm in comparison.arms]
-    rows = [[category, *(f"{share[category]:.1%}" for share in shares)] for category in shares[0]]
-    return _markdown_table(header, rows)
 
 
 def changes_table(comparison: Comparison, *, most: int | None = None) -> str:
@@ -81,37 +66,40 @@ def changes_table(comparison: Comparison, *, most: int | None = None) -> str:
         comparison: What was measured.
         most: Rows per arm and mode; None takes all.
     """
-    rows = []
-    for arm in comparison.arms:
-        for mode in arm.modes:
-            for change in operator_changes(comparison, arm.name, mode)[:most]:
-                before, after = change.before, change.after
-                rows.append((
-                    mode, arm.name, f"`{change.name}`", change.kind,
-                    f"{before.calls:g}", f"{after.calls:g}",
-                    f"{before.self_ms:.2f}", f"{after.self_ms:.2f}",
-                ))  # fmt: skip
-    if not rows:
-        return "Every arm runs the operators of the baseline, as often as it does."
-    return _markdown_table(_CHANGES, rows)
+    return _table(tables.changes(comparison, most)) or _NO_CHANGES
 
 
-def _environment(comparison: Comparison, about: dict[str, Any]) -> str:
-    size = "x".join(str(s) for s in comparison.input_size)
-    facts = {
-        **about,
-        "images": f"{comparison.batch_size} of {size}, {comparison.dtype}",
-        "device": f"{comparison.device}, {comparison.threads} threads",
-        "compiled": "yes" if comparison.compiled else "no",
-        "rounds": ", ".join(f"{count} {mode}" for mode, count in comparison.rounds.items()),
-        "load": "{:.1f} before, {:.1f} after".format(*comparison.load),
-        "governor": comparison.governor,
-        "versions": ", ".join(f"{k} {v}" for k, v in comparison.versions.items()),
-        "date": comparison.date,
-    }
-    return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+def _page(
+    title: str,
+    introduction: str,
+    found: Sequence[str],
+    notes: Mapping[str, Sequence[str]],
+    sections: Mapping[str, str],
+) -> str:
+    parts = [f"# {title}", introduction, "\n".join(f"- {line}" for line in found)]
+    parts += ["\n".join(f"> {kind}: {line}" for line in lines) for kind, lines in notes.items()]
+    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(table: Table) -> str:
+    """Empty where there are no rows."""
+    if not table.rows:
+        return ""
+    rule = ["---:" if table.is_numeric(i) else "---" for i in range(len(table.header))]
+    body = [[_text(cell) for cell in row] for row in (*table.rows, *table.foot)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (_escaped(table.header), rule, *body))
+
+
+def _text(cell: Cell) -> str:
+    (text,) = _escaped([cell.text])
+    return f"[{text}]({cell.link})" if cell.link else text
+
+
+def _escaped(texts: Sequence[str]) -> list[str]:
+    """Bars would end the cell, stars would make it bold."""
+    return [text.replace("|", "\\|").replace("*", "\\*") for text in texts]
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())

@@ -1,0 +1,244 @@
+"""Whose time it is: categories, phases and sites, forward and backward."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import tokenconv as tc
+from tokenconv.profiling.attribution import Attribution, Category, annotated
+from tokenconv.profiling.measurement import Mode, Step
+from tokenconv.profiling.traces import Profiled, profile_step
+
+CPU = torch.device("cpu")
+TRANSFORMER = (Category.ATTENTION, Category.MLP_MATMUL, Category.NORM, Category.ACTIVATION)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def profiled(model: nn.Module, batch: Tensor, mode: Mode) -> Profiled:
+    step = Step(model, batch, mode)
+    step()
+    return profile_step(step, CPU)
+
+
+def shares(model: nn.Module, batch: Tensor, mode: Mode) -> Counter[str]:
+    """Share of the time by category."""
+    found = profiled(model, batch, mode).time
+    total = sum(spent.ms for spent in found)
+    return Counter({category: 0.0 for category in Category}) + sum_by(found, "category", total)
+
+
+def sum_by(time: Any, key: str, total: float = 1.0) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for spent in time:
+        sums[getattr(spent, key)] += spent.ms / total
+    return sums
+
+
+# --- time, of models with one heavy part ---
+
+
+@pytest.mark.parametrize(("mode", "batch_size"), [("infer", 16), ("train", 1)])
+def test_a_depthwise_convolution_is_found(mode: Mode, batch_size: int):
+    model = nn.Sequential(nn.Conv2d(64, 64, 5, padding=2, groups=64))
+    share = shares(model, images(batch_size, 64, 64, 64), mode)
+    assert share[Category.DEPTHWISE] > 0.5
+    assert share[Category.MLP_MATMUL] == share[Category.ATTENTION] == 0
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize(
+    ("dim", "groups"), [(8, 1), (8, 2), (1, 1)], ids=["dense", "grouped", "one channel"]
+)
+def test_another_convolution_is_not_depthwise(dim: int, groups: int, mode: Mode):
+    model = nn.Sequential(nn.Conv2d(dim, 8, 3, padding=1, groups=groups))
+    share = shares(model, images(8, dim, 16, 16), mode)
+    assert share[Category.DEPTHWISE] == 0
+
+
+class Transposes(nn.Module):
+    """Moves its input about and does nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = x.transpose(1, -1).contiguous()
+        return x
+
+
+def test_layout_copies_are_found():
+    share = shares(Transposes(), images(1, 64, 192, 192), "infer")
+    assert share[Category.LAYOUT] > 0.5
+
+
+class Planted(nn.Module):
+    """One linear, under a name that says what it is for."""
+
+    def __init__(self, name: str, linear: nn.Module):
+        super().__init__()
+        self.name = name
+        self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "category"),
+    [("mlp", Category.MLP_MATMUL), ("attn", Category.ATTENTION), ("head", Category.OTHER)],
+)
+def test_matmuls_belong_to_the_module_they_run_in(name: str, category: Category):
+    model = Planted(name, nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)))
+    share = shares(model, images(1024, 512), "infer")
+    assert share[category] > 0.5
+    for other in {Category.MLP_MATMUL, Category.ATTENTION} - {category}:
+        assert share[other] == 0
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize(
+    ("layer", "category"),
+    [
+        (nn.LayerNorm(256), Category.NORM),
+        (nn.BatchNorm1d(4096), Category.NORM),
+        (nn.GELU(), Category.ACTIVATION),
+    ],
+    ids=["layer_norm", "batch_norm", "gelu"],
+)
+def test_norms_and_activations_are_found(layer: nn.Module, category: Category, mode: Mode):
+    """Also inside an MLP, whose matmuls alone count as the MLP's."""
+    model = Planted("mlp", nn.Sequential(nn.Linear(256, 256, bias=False), layer))
+    share = shares(model, images(1, 4096, 256), mode)
+    assert share[category] > 0.02
+    assert share[Category.MLP_MATMUL] > 0.02
+
+
+# --- classification, operator by operator ---
+
+
+class Mixed(nn.Module):
+    """The width of a linear says whose matmul it is: 24 the stem's, 48 the MLP's, else 12."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.stem = nn.Linear(24, 12)
+        self.attn = nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12)
+        self.mlp = nn.Sequential(nn.Linear(12, 48), nn.GELU(), nn.Linear(48, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)  # (B, 24, H, W) -> (B, H*W, 24)
+        return self.mlp(self.norm(self.attn(self.stem(tokens.contiguous()))))
+
+
+@pytest.fixture(scope="module")
+def operators() -> list[tuple[str, set[int], Category, bool]]:
+    """Name, sizes, category and whether backward, of every operator of a training step."""
+    torch.manual_seed(0)
+    model, batch = Mixed(), images(2, 24, 5, 5)
+    model(batch).square().mean().backward()
+    with (
+        annotated(model),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run,
+    ):
+        model(batch).square().mean().backward()
+    events: list[Any] = [e for e in run.events() or () if e.device_type == DeviceType.CPU]
+    classifier = Attribution(events)
+    return [
+        (
+            event.name,
+            {size for shape in event.input_shapes or () for size in shape},
+            classifier.category(event),
+            _in_backward(event),
+        )
+        for event in events
+    ]
+
+
+def _in_backward(event: Any) -> bool:
+    while event is not None and not event.name.startswith("autograd::engine"):
+        event = event.cpu_parent
+    return event is not None
+
+
+def _expected_by_width(sizes: set[int]) -> Category:
+    if 48 in sizes:
+        return Category.MLP_MATMUL
+    return Category.OTHER if 24 in sizes else Category.ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("name", "backward", "counts"),
+    [
+        ("aten::addmm", False, {"MLP matmul": 2, "attention": 1, "other": 1}),
+        ("aten::mm", True, {"MLP matmul": 4, "attention": 2, "other": 2}),
+    ],
+    ids=["forward", "backward"],
+)
+def test_every_matmul_is_classified(
+    operators: list[tuple[str, set[int], Category, bool]],
+    name: str,
+    backward: bool,
+    counts: dict[str, int],
+):
+    found: dict[str, int] = {}
+    for operator, sizes, category, is_backward in operators:
+        if operator == name and is_backward == backward:
+            assert category == _expected_by_width(sizes), sizes
+            found[category.value] = found.get(category.value, 0) + 1
+    assert found == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "category"),
+    [
+        ("aten::conv2d", Category.DEPTHWISE),
+        ("aten::convolution_backward", Category.DEPTHWISE),
+        ("aten::native_layer_norm", Category.NORM),
+        ("aten::native_layer_norm_backward", Category.NORM),
+        ("aten::gelu", Category.ACTIVATION),
+        ("aten::gelu_backward", Category.ACTIVATION),
+        ("aten::clone", Category.LAYOUT),
+        ("aten::mean", Category.OTHER),
+        ("tokenconv: attention: attn", Category.ATTENTION),
+        ("tokenconv: MLP matmul: mlp", Category.OTHER),  # no matmul itself
+    ],
+)
+def test_operators_are_known_by_name(
+    operators: list[tuple[str, set[int], Category, bool]], name: str, category: Category
+):
+    found = {by for operator, _, by, _ in operators if operator == name}
+    assert found == {category}
+
+
+def test_autograd_nodes_belong_to_what_they_undo(
+    operators: list[tuple[str, set[int], Category, bool]],
+):
+    engine = "autograd::engine::evaluate_function: "
+    nodes = [(n.removeprefix(engine), by) for n, _, by, _ in operators if n.startswith(engine)]
+    assert ("ConvolutionBackward0", Category.DEPTHWISE) in nodes
+    assert ("GeluBackward0", Category.ACTIVATION) in nodes
+    assert ("NativeLayerNormBackward0", Category.NORM) in nodes
+    linears = [category for name, category in nodes if name == "AddmmBackward0"]
+    assert sorted(linears) == ["MLP matmul", "MLP matmul", "attention", "other"]
+
+
+def test_hooks_are_gone_afterwards():
+    model = timm.create_model("test_vit", img_size=32, depth=1)
+    with annotated(model):
+        assert any(module._forward_hooks for module in model.modules())
+    profiled(model, images(1, 3, 32, 32), "infer")
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+

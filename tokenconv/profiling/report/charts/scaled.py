@@ -1,0 +1,36 @@
+"""Charts with two scales and a legend above them."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from tokenconv.profiling.report.charts.ladder import LINE
+
+_AREA, _LEFT, _RIGHT, _BELOW = 200.0, 48.0, 8.0, 40.0  # points
+
+
+def scaled(legend: int) -> dict[str, Any]:
+    """Height and margins of a chart.
+
+    Args:
+        legend: Lines of the legend.
+    """
+    above = legend * LINE + 8
+    return {"height": above + _AREA + _BELOW, "margins": (_LEFT, above, _RIGHT, _BELOW)}
+
+
+def finish(ax: Axes, *, across: str, up: str, columns: int = 1) -> None:
+    """Name the scales and show the legend.
+
+    Args:
+        ax: Where all is drawn.
+        across: What is on the horizontal scale.
+        up: What is on the vertical scale.
+        columns: Of the legend.
+    """
+    ax.set_xlabel(across)
+    ax.set_ylabel(up)
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-_LEFT / 275, 1.01), ncols=columns, frameon=False,
+        borderpad=0, labelspacing=0.3, columnspacing=1.5,
+    )  # fmt: skip

@@ -1,0 +1,151 @@
+"""What was found, in sentences: the beginning of every report."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from tokenconv.profiling.measurement import Mode
+from tokenconv.profiling.results import Arm, Comparison, Measured, Point
+
+MODE_NAMES: Mapping[Mode, str] = {"infer": "Inference", "train": "A training step"}
+
+
+def title(about: Mapping[str, str], names: Sequence[str]) -> str:
+    """Such as ``pvt_v2_b0: attention_only, mix_ffn``."""
+    return f"{about.get('model', 'Comparison')}: {', '.join(names)}"
+
+
+def introduction(comparison: Comparison) -> str:
+    """What was done, for those who were not there."""
+    size = "x".join(str(s) for s in comparison.input_size)
+    return (
+        f"{len(comparison.arms)} arms were given the same {comparison.batch_size} images of {size} "
+        f"in {comparison.dtype}, in turn and in random order, on {comparison.device} with "
+        f"{comparison.threads} threads. The others are compared with {comparison.baseline}."
+    )
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What was found about every arm but the baseline."""
+    others = [arm for arm in comparison.arms if arm.name != comparison.baseline]
+    return [line for arm in others for line in _of_arm(arm, comparison)]
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """What could not be measured, and why."""
+    return [
+        f"{MODE_NAMES[mode]} of {arm.name} failed: {reason}"
+        for arm in comparison.arms
+        for mode, reason in arm.failures.items()
+    ]
+
+
+def _of_arm(arm: Arm, comparison: Comparison) -> Iterator[str]:
+    for mode, measured in arm.modes.items():
+        yield f"{MODE_NAMES[mode]} of {arm.name} takes {_time(measured, comparison)}."
+    if arm.name != comparison.reference:
+        yield f"The output of {arm.name} {_difference(arm, comparison.reference)}."
+    if arm.macs != arm.macs_by_flop_counter:
+        yield (
+            f"MACs of {arm.name} are not confirmed: {arm.macs:,} by formula, "
+            f"{arm.macs_by_flop_counter:,} by PyTorch's FlopCounterMode."
+        )
+
+
+def _time(measured: Measured, comparison: Comparison) -> str:
+    ratio, memory = measured.ratio, measured.memory_ratio
+    taken = f"{measured.latency_ms.median:.1f} ms for {comparison.batch_size} images"
+    if ratio is None or memory is None:
+        return f"{taken}; {comparison.baseline} failed, so there is nothing to compare it with"
+    return (
+        f"{ratio.median:.2f}x the time of {comparison.baseline} ({ratio.low:.2f} to "
+        f"{ratio.high:.2f}: {ratio.verdict}; {taken}) and {memory:.2f}x its memory"
+    )
+
+
+def _difference(arm: Arm, reference: str) -> str:
+    difference = arm.max_abs_diff_at_insertion
+    if difference is None:
+        return f"could not be compared with that of {reference}"
+    if difference == 0:
+        return f"is equal to that of {reference}, bit for bit"
+    return f"differs from that of {reference} by up to {difference:.2g}"
+
+
+# --- of a sweep ---
+
+
+def measured_points(points: Sequence[Point]) -> list[tuple[Point, Comparison]]:
+    """Points that have a comparison, with it."""
+    return [(point, point.comparison) for point in points if point.comparison is not None]
+
+
+def sweep_arms(points: Sequence[Point]) -> list[str]:
+    """Names of the arms, in their order."""
+    return list(
+        dict.fromkeys(arm.name for _, found in measured_points(points) for arm in found.arms)
+    )
+
+
+def sweep_modes(points: Sequence[Point]) -> list[Mode]:
+    """What was measured at any point."""
+    return list(dict.fromkeys(mode for _, found in measured_points(points) for mode in found.modes))
+
+
+def sweep_introduction(points: Sequence[Point]) -> str:
+    """What was done, for those who were not there."""
+    values: dict[str, dict[str, None]] = {}
+    for point in points:
+        for key, value in point.settings.items():
+            values.setdefault(key, {})[value] = None
+    varied = "; ".join(f"{key} {', '.join(own)}" for key, own in values.items())
+    return (
+        f"{' and '.join(sweep_arms(points)) or 'Nothing'} measured at {len(points)} points: "
+        f"{varied}. At every point the arms were given the same images, in turn and in random "
+        f"order, and compared with the first arm, the baseline."
+    )
+
+
+def sweep_findings(points: Sequence[Point]) -> list[str]:
+    """The range of every arm's ratios over the points."""
+    found: dict[tuple[Mode, str], list[tuple[Point, Measured]]] = {}
+    for point, comparison in measured_points(points):
+        for arm in comparison.arms:
+            for mode, measured in arm.modes.items():
+                if arm.name != comparison.baseline and measured.ratio is not None:
+                    found.setdefault((mode, arm.name), []).append((point, measured))
+    return [
+        f"{MODE_NAMES[mode]} of {name} takes {_range(measured)}."
+        for (mode, name), measured in found.items()
+    ]
+
+
+def _range(measured: Sequence[tuple[Point, Measured]]) -> str:
+    ratios = {point.name: one.ratio for point, one in measured if one.ratio is not None}
+    memory = [one.memory_ratio for _, one in measured if one.memory_ratio is not None]
+    least = min(ratios, key=lambda name: ratios[name].median)
+    most = max(ratios, key=lambda name: ratios[name].median)
+    verdicts = Counter(ratio.verdict for ratio in ratios.values())
+    return (
+        f"{ratios[least].median:.2f}x ({least}) to {ratios[most].median:.2f}x ({most}) the time of "
+        f"the baseline, {statistics.median(r.median for r in ratios.values()):.2f}x in the median "
+        f"of {len(ratios)} points ({', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}"
+        f"), and {min(memory):.2f}x to {max(memory):.2f}x its memory"
+    )
+
+
+def sweep_failures(points: Sequence[Point]) -> list[str]:
+    """Points, and arms at points, that could not be measured."""
+    lines = [f"{p.name} failed: {p.failure}" for p in points if p.comparison is None]
+    for point, comparison in measured_points(points):
+        lines += [f"At {point.name}: {line}" for line in failures(comparison)]
+    return lines
+
+
+def sweep_warnings(points: Sequence[Point]) -> list[str]:
+    """Why figures of points may be worth less than they look."""
+    return [
+        f"At {point.name}: {line}"
+        for point, comparison in measured_points(points)
+        for line in comparison.warnings
+    ]

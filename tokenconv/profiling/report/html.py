@@ -1,0 +1,84 @@
+"""``report.html``: one file that opens anywhere, without a network."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tokenconv.profiling.report import findings, tables
+from tokenconv.profiling.report.charts import Chart, comparison_charts, sweep_charts
+from tokenconv.profiling.report.environment import environment, shared_environment
+from tokenconv.profiling.report.figure import inline_svg
+from tokenconv.profiling.report.glossary import GLOSSARY
+from tokenconv.profiling.report.sweep import points_table
+from tokenconv.profiling.results import Comparison, Point
+
+_MOST_CHANGES, _MOST_SAVED = 6, 12
+
+
+def to_html(comparison: Comparison) -> str:
+    """The whole report of a comparison as a page."""
+    return _render(
+        "report.html.jinja",
+        title=findings.title(comparison.about, [arm.name for arm in comparison.arms]),
+        introduction=findings.introduction(comparison),
+        findings=findings.findings(comparison),
+        failures=findings.failures(comparison),
+        warnings=comparison.warnings,
+        figures=tables.figures(comparison),
+        charts={
+            findings.MODE_NAMES[mode]: comparison_charts(comparison, mode)
+            for mode in comparison.modes
+        },
+        memory=tables.memory(comparison),
+        time_shares=tables.time_shares(comparison),
+        sites=tables.sites(comparison, aggregated=True),
+        all_sites=tables.sites(comparison, aggregated=False),
+        saved=tables.saved_activations(comparison, most=_MOST_SAVED),
+        changes=tables.changes(comparison, _MOST_CHANGES),
+        all_changes=tables.changes(comparison),
+        convolutions=tables.convolutions(comparison),
+        facts=environment(comparison),
+    )
+
+
+def sweep_to_html(points: Sequence[Point], about: Mapping[str, str]) -> str:
+    """The whole report of a sweep as a page.
+
+    Args:
+        points: What was measured.
+        about: What no point knows itself, such as ``model`` and ``command``.
+    """
+    measured = findings.measured_points(points)
+    return _render(
+        "sweep.html.jinja",
+        title=findings.title(about, findings.sweep_arms(points)),
+        introduction=findings.sweep_introduction(points),
+        findings=findings.sweep_findings(points),
+        failures=findings.sweep_failures(points),
+        warnings=findings.sweep_warnings(points),
+        points=points_table(points),
+        charts={
+            findings.MODE_NAMES[mode]: sweep_charts(points, mode)
+            for mode in findings.sweep_modes(points)
+        },
+        facts=shared_environment(measured[0][1], about) if measured else about,
+    )
+
+
+def _render(template: str, *, charts: Mapping[str, Sequence[Chart]], **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("tokenconv.profiling.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pictures = {
+        heading: [(chart, Markup(inline_svg(chart, f"chart-{i}{j}-"))) for j, chart in enumerate(group)]
+        for i, (heading, group) in enumerate(charts.items())
+    }
+    return environment.get_template(template).render(
+        charts=pictures, glossary=GLOSSARY, **content
+    )
