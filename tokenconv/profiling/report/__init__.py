@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling.report.charts import comparison_charts, sweep_charts
 from tokenconv.profiling.report.figure import write_figures
-from tokenconv.profiling.report.findings import sweep_arms, sweep_modes, title
+from tokenconv.profiling.report.findings import setting, sweep_modes, title
 from tokenconv.profiling.report.html import sweep_to_html, to_html
 from tokenconv.profiling.report.markdown import changes_table, sweep_to_markdown, to_markdown
 from tokenconv.profiling.results import Comparison, Point, write_comparison
@@ -66,8 +66,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     (folder / "report.md").write_text(to_markdown(comparison), "utf-8")
     (folder / "report.html").write_text(to_html(comparison), "utf-8")
     rows = [comparison_charts(comparison, mode) for mode in comparison.modes]
-    names = [arm.name for arm in comparison.arms]
-    write_figures(rows, title(comparison.about, names), folder / "compare")
+    write_figures(rows, title(comparison.about, [setting(comparison)]), folder / "compare")
 
 
 def write_sweep(points: Sequence[Point], folder: Path, about: Mapping[str, str]) -> None:
@@ -81,4 +80,4 @@ def write_sweep(points: Sequence[Point], folder: Path, about: Mapping[str, str])
     (folder / "report.md").write_text(sweep_to_markdown(points, about), "utf-8")
     (folder / "report.html").write_text(sweep_to_html(points, about), "utf-8")
     rows = [sweep_charts(points, mode) for mode in sweep_modes(points)]
-    write_figures(rows, title(about, sweep_arms(points)), folder / "sweep")
+    write_figures(rows, title(about, [f"{len(points)} points"]), folder / "sweep")

@@ -17,11 +17,20 @@ def title(about: Mapping[str, str], names: Sequence[str]) -> str:
 
 def introduction(comparison: Comparison) -> str:
     """What was done, for those who were not there."""
+    names = ", ".join(arm.name for arm in comparison.arms)
+    return (
+        f"The arms ({names}) were given the same images, in turn and in random order: "
+        f"{setting(comparison)}. The baseline, which the others are compared with, is "
+        f"{comparison.baseline}."
+    )
+
+
+def setting(comparison: Comparison) -> str:
+    """What was run on what."""
     size = "x".join(str(s) for s in comparison.input_size)
     return (
-        f"{len(comparison.arms)} arms were given the same {comparison.batch_size} images of {size} "
-        f"in {comparison.dtype}, in turn and in random order, on {comparison.device} with "
-        f"{comparison.threads} threads. The others are compared with {comparison.baseline}."
+        f"{comparison.batch_size} images of {size} in {comparison.dtype} on {comparison.device}, "
+        f"{comparison.threads} threads"
     )
 
 
@@ -100,9 +109,8 @@ def sweep_introduction(points: Sequence[Point]) -> str:
             values.setdefault(key, {})[value] = None
     varied = "; ".join(f"{key} {', '.join(own)}" for key, own in values.items())
     return (
-        f"{' and '.join(sweep_arms(points)) or 'Nothing'} measured at {len(points)} points: "
-        f"{varied}. At every point the arms were given the same images, in turn and in random "
-        f"order, and compared with the first arm, the baseline."
+        f"The arms were compared at {len(points)} points: {varied}. At each of them they were given "
+        f"the same images, in turn and in random order. A ratio is to the baseline of its point."
     )
 
 
@@ -144,8 +152,8 @@ def sweep_failures(points: Sequence[Point]) -> list[str]:
 
 def sweep_warnings(points: Sequence[Point]) -> list[str]:
     """Why figures of points may be worth less than they look."""
-    return [
-        f"At {point.name}: {line}"
-        for point, comparison in measured_points(points)
-        for line in comparison.warnings
-    ]
+    names: dict[str, list[str]] = {}
+    for point, comparison in measured_points(points):
+        for line in comparison.warnings:
+            names.setdefault(line, []).append(point.name)
+    return [f"{line} (at {'; '.join(own)})" for line, own in names.items()]

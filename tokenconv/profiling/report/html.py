@@ -76,9 +76,9 @@ def _render(template: str, *, charts: Mapping[str, Sequence[Chart]], **content: 
         lstrip_blocks=True,
     )
     pictures = {
-        heading: [(chart, Markup(inline_svg(chart, f"chart-{i}{j}-"))) for j, chart in enumerate(group)]
+        heading: [
+            (chart, Markup(inline_svg(chart, f"chart-{i}{j}-"))) for j, chart in enumerate(group)
+        ]
         for i, (heading, group) in enumerate(charts.items())
     }
-    return environment.get_template(template).render(
-        charts=pictures, glossary=GLOSSARY, **content
-    )
+    return environment.get_template(template).render(charts=pictures, glossary=GLOSSARY, **content)

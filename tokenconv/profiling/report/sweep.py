@@ -21,7 +21,7 @@ def points_table(points: Sequence[Point]) -> Table:
         for point in points
         for row in _rows(point)
     ]
-    return Table("Points", (*keys, *_HEADER), rows, keys=len(keys) + 2)
+    return Table("A row per point, mode and arm.", (*keys, *_HEADER), rows, keys=len(keys) + 2)
 
 
 def _rows(point: Point) -> Iterator[list[Cell]]:

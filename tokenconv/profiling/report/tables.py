@@ -14,6 +14,10 @@ from tokenconv.profiling.results import (
     table,
 )
 
+_FIGURES = (
+    "A row per mode and arm. Latency is of one batch; ratios are to the baseline; below 1 is faster, "
+    "or less memory."
+)
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer", "between")
 
 
@@ -32,7 +36,7 @@ def figures(comparison: Comparison) -> Table:
             number(measured and measured.memory_ratio, ".3f", "x"),
             Cell("yes" if arm.compiled else "no"),
         ])  # fmt: skip
-    return Table("Figures", (*header, "memory vs baseline", "compiled"), rows, keys=2)
+    return Table(_FIGURES, (*header, "memory vs baseline", "compiled"), rows, keys=2)
 
 
 def _sorted_by(measured: Measured | None) -> Iterable[float | None]:

@@ -5,13 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from matplotlib.axes import Axes
 
 from tokenconv.profiling.measurement import MIB, Mode
-from tokenconv.profiling.report.charts.chart import Chart
+from tokenconv.profiling.report.charts.chart import INK, Chart
 from tokenconv.profiling.report.charts.ladder import BAR, GAP, LINE, Ladder, legend_height
 from tokenconv.profiling.report.charts.palette import BASELINE, COLORS, fills
 from tokenconv.profiling.report.charts.roofline import roofline
 from tokenconv.profiling.report.tables import PHASES, categories, phase_ms
-from tokenconv.profiling.results import Arm, Comparison, Measured
+from tokenconv.profiling.results import Arm, Comparison, Measured, Memory
 
+_MEMORY: dict[str, Callable[[Memory], int]] = {
+    "parameters": lambda memory: memory.parameters,
+    "buffers": lambda memory: memory.buffers,
+    "images": lambda memory: memory.images,
+    "optimizer state": lambda memory: memory.optimizer_state,
+    "peak of the step": lambda memory: memory.peak - memory.held,
+}
 _STEP_PHASES = ("forward", "backward", "optimizer")
 _PROFILED = "Under the profiler, which slows the step down: good for shares, not for latency."
 
@@ -76,16 +83,20 @@ def _latency(comparison: Comparison, mode: Mode) -> Chart:
                 fill = {"facecolor": BASELINE if is_baseline else COLORS[0]}
                 middle = ladder.bar([spread.median], [fill])
                 whiskers = [[spread.median - spread.q25], [spread.q75 - spread.median]]
-                ax.errorbar(spread.median, middle, xerr=whiskers, capsize=4, lw=1.5)
+                ax.errorbar(spread.median, middle, xerr=whiskers, capsize=4, lw=1.5, color=INK)
             ladder.gap()
 
     return Chart(
         name=f"{mode}-latency",
         title=f"{mode}: latency of {comparison.batch_size} images",
         words=_in_words(
-            comparison, mode, lambda one: f"{_short(one.latency_ms.median)} ms, interquartile range "
-            f"{_short(one.latency_ms.iqr)} ms"
-            + (f", {one.ratio.median:.2f} times the baseline" if one.ratio else ""),
+            comparison,
+            mode,
+            lambda one: (
+                f"{_short(one.latency_ms.median)} ms, interquartile range "
+                f"{_short(one.latency_ms.iqr)} ms"
+                + (f", {one.ratio.median:.2f} times the baseline" if one.ratio else "")
+            ),
         ),  # fmt: skip
         note="Median; whiskers are the interquartile range; ratio with its 99% interval.",
         height=height,
@@ -94,19 +105,11 @@ def _latency(comparison: Comparison, mode: Mode) -> Chart:
 
 
 def _memory(comparison: Comparison, mode: Mode) -> Chart:
-    parts = ["parameters", "buffers", "images", "optimizer state", "peak of the step"]
+    styles = dict(zip(_MEMORY, fills(len(_MEMORY)), strict=True))
     if mode == "infer":
-        parts.remove("optimizer state")
-    styles = fills(len(parts))
+        del styles["optimizer state"]
     phases = _STEP_PHASES if mode == "train" else ()
-    height = _height(comparison, BAR + LINE * len(phases), len(parts))
-
-    def widths(measured: Measured) -> list[float]:
-        own = measured.memory
-        held = [own.parameters, own.buffers, own.images, own.optimizer_state]
-        if mode == "infer":
-            held.pop()
-        return [part / MIB for part in (*held, own.peak - own.held)]
+    height = _height(comparison, BAR + LINE * len(phases), len(styles))
 
     def label(arm: Arm, measured: Measured) -> str:
         peak, ratio = f"{_short(measured.memory.peak / MIB)} MiB", measured.memory_ratio
@@ -121,21 +124,25 @@ def _memory(comparison: Comparison, mode: Mode) -> Chart:
         for arm, measured in _rungs(comparison, mode):
             ladder.title(arm.name, label(arm, measured) if measured else "failed")
             if measured:
-                own = widths(measured)
-                ladder.bar(own, styles, [_short(width) for width in own])
+                own = [_MEMORY[part](measured.memory) / MIB for part in styles]
+                ladder.bar(own, list(styles.values()), [_short(width) for width in own])
                 for phase in phases:
                     taken = getattr(measured.memory, f"{phase}_peak") / MIB
                     text = f"{phase} {_short(taken)}"
-                    ladder.span(measured.memory.held / MIB, taken, text, styles[-1])
+                    ladder.span(measured.memory.held / MIB, taken, text, styles["peak of the step"])
             ladder.gap()
-        ladder.legend(parts, styles)
+        ladder.legend(list(styles), list(styles.values()))
 
     return Chart(
         name=f"{mode}-memory",
         title=f"{mode}: peak memory [MiB]",
         words=_in_words(
-            comparison, mode, lambda one: f"{_short(one.memory.peak / MIB)} MiB, of which "
-            f"{_short(one.memory.held / MIB)} MiB are held between steps",
+            comparison,
+            mode,
+            lambda one: (
+                f"{_short(one.memory.peak / MIB)} MiB, of which "
+                f"{_short(one.memory.held / MIB)} MiB are held between steps"
+            ),
         ),  # fmt: skip
         note="A bar is the peak: what is held between steps, then the most that a step takes on top."
         + (" Thin bars: the most that each phase takes." if phases else ""),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.report.charts.chart import Chart
+from tokenconv.profiling.report.charts.chart import INK, Chart
 from tokenconv.profiling.report.charts.ladder import elided
 from tokenconv.profiling.report.charts.palette import COLORS, MARKERS
 from tokenconv.profiling.report.charts.scaled import finish, scaled
@@ -87,7 +87,7 @@ def _chart(places: Sequence[_Place], mode: Mode, key: str, what: str) -> Chart:
     }
 
     def draw(ax: Axes) -> None:
-        ax.axhline(1, ls=(0, (1, 2)), lw=1)
+        ax.axhline(1, ls=(0, (1, 2)), lw=1, color=INK)
         for i, ((arm, other), own) in enumerate(lines.items()):
             own = sorted(own, key=lambda place: settings.index(place.setting))
             shift = 0 if is_numeric else 0.5 * ((i + 0.5) / len(lines) - 0.5)

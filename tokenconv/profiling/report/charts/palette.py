@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex, to_rgb
 COLORS = ("#3f88c5", "#d9702e", "#2f9e77", "#b06fc4", "#c9605f", "#a3861d", "#808790")
 BASELINE = "#808790"
 MARKERS = "os^DvPX"
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "||||", "----")
+_HATCHES = ("", "////", "++++", "\\\\\\\\", "xxxx", "||||", "----")
 
 
 def fills(count: int) -> list[dict[str, str | float]]:

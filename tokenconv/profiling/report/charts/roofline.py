@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.report.charts.chart import Chart
+from tokenconv.profiling.report.charts.chart import INK, Chart
 from tokenconv.profiling.report.charts.ladder import elided
 from tokenconv.profiling.report.charts.palette import COLORS, MARKERS
 from tokenconv.profiling.report.charts.scaled import finish, scaled
@@ -37,6 +37,7 @@ def roofline(comparison: Comparison, mode: Mode) -> Chart | None:
             [ends[0], ridge, ends[1]],
             [ends[0] * roof.bytes_per_s / 1e9, roof.flops_per_s / 1e9, roof.flops_per_s / 1e9],
             lw=1.5,
+            color=INK,
         )
         for i, (name, points) in enumerate(found.items()):
             ax.plot(

@@ -4,8 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tokenconv.profiling.report.charts.ladder import LINE
-
+_LEGEND_LINE = 14.5  # points
 _AREA, _LEFT, _RIGHT, _BELOW = 200.0, 48.0, 8.0, 40.0  # points
 
 
@@ -15,7 +14,7 @@ def scaled(legend: int) -> dict[str, Any]:
     Args:
         legend: Lines of the legend.
     """
-    above = legend * LINE + 8
+    above = legend * _LEGEND_LINE + 6
     return {"height": above + _AREA + _BELOW, "margins": (_LEFT, above, _RIGHT, _BELOW)}
 
 
