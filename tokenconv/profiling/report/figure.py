@@ -9,13 +9,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenconv.profiling.report.charts import Chart
 from tokenconv.profiling.report.charts.chart import INK, WIDTH
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,

@@ -109,8 +109,9 @@ def sweep_introduction(points: Sequence[Point]) -> str:
             values.setdefault(key, {})[value] = None
     varied = "; ".join(f"{key} {', '.join(own)}" for key, own in values.items())
     return (
-        f"The arms were compared at {len(points)} points: {varied}. At each of them they were given "
-        f"the same images, in turn and in random order. A ratio is to the baseline of its point."
+        f"The arms were compared at {len(points)} points: {varied}. At each of them they were "
+        f"given the same images, in turn and in random order. Ratios are to the baseline of the "
+        f"same point."
     )
 
 
@@ -133,12 +134,13 @@ def _range(measured: Sequence[tuple[Point, Measured]]) -> str:
     memory = [one.memory_ratio for _, one in measured if one.memory_ratio is not None]
     least = min(ratios, key=lambda name: ratios[name].median)
     most = max(ratios, key=lambda name: ratios[name].median)
-    verdicts = Counter(ratio.verdict for ratio in ratios.values())
+    middle = statistics.median(ratio.median for ratio in ratios.values())
+    counted = Counter(ratio.verdict for ratio in ratios.values())
+    verdicts = ", ".join(f"{verdict} at {count}" for verdict, count in counted.items())
     return (
         f"{ratios[least].median:.2f}x ({least}) to {ratios[most].median:.2f}x ({most}) the time of "
-        f"the baseline, {statistics.median(r.median for r in ratios.values()):.2f}x in the median "
-        f"of {len(ratios)} points ({', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}"
-        f"), and {min(memory):.2f}x to {max(memory):.2f}x its memory"
+        f"the baseline, {middle:.2f}x in the median of {len(ratios)} points ({verdicts}), and "
+        f"{min(memory):.2f}x to {max(memory):.2f}x its memory"
     )
 
 

@@ -6,19 +6,19 @@ GLOSSARY = {
     "infer, train": "One forward pass without gradients; one whole training step, which is forward "
     "pass, backward pass and optimizer (AdamW).",
     "latency": "Time of one batch: the median of all rounds.",
-    "IQR": "Interquartile range: the middle half of the rounds lies within a range this wide. Small "
-    "means that the machine was quiet.",
+    "IQR": "Interquartile range: the middle half of the rounds lies within a range this wide. "
+    "Small means that the machine was quiet.",
     "vs baseline": "The paired ratio. In every round all arms run once, in random order, so that "
     "whatever disturbs the machine disturbs all of them. The arm's time is divided by the "
     "baseline's of the same round; shown is the median of these ratios. 1.10x takes 10% longer, "
     "below 1 is faster.",
-    "99% interval": "Where the ratio lies with 99% confidence, by resampling the rounds (bootstrap). "
-    "It covers the noise of this run and not other machines, models or settings.",
+    "99% interval": "Where the ratio lies with 99% confidence, by resampling the rounds "
+    "(bootstrap). It covers the noise of this run and not other machines, models or settings.",
     "verdict": "faster or slower only where the whole interval is below or above 1. No difference "
     "shown is no proof that there is none.",
     "params": "Numbers that the model learns.",
-    "MACs": "Multiply-accumulates for one image, one multiplication and one addition each, which is "
-    "2 FLOPs: those of convolutions, linears and attention's two matrix products.",
+    "MACs": "Multiply-accumulates for one image, one multiplication and one addition each, which "
+    "is 2 FLOPs: those of convolutions, linears and attention's two matrix products.",
     "traffic": "What the operators read and write for one image, if nothing is served from caches.",
     "peak memory": "The most that is allocated at one moment: what is held between steps "
     "(parameters, buffers, images, optimizer state) and the most that forward pass, backward pass "

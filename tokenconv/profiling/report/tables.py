@@ -15,8 +15,8 @@ from tokenconv.profiling.results import (
 )
 
 _FIGURES = (
-    "A row per mode and arm. Latency is of one batch; ratios are to the baseline; below 1 is faster, "
-    "or less memory."
+    "A row per mode and arm. Latency is of one batch. Ratios are to the baseline: below 1 is "
+    "faster, or less memory."
 )
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer", "between")
 
@@ -132,8 +132,8 @@ def sites(comparison: Comparison, *, aggregated: bool) -> Table:
     for mode in comparison.modes:
         header += _SITE_TIMES[mode]
     caption = (
-        "Inserted modules: parameters; MACs (in millions) and traffic for one image; time and share "
-        "of a step of the whole batch, under the profiler; what is kept for the backward pass."
+        "MACs (in millions) and traffic are for one image; time, share of the step and what is "
+        "saved for the backward pass are for the batch. Time is under the profiler."
     )
     return Table(caption, header, rows, keys=2)
 

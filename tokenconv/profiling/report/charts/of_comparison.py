@@ -1,6 +1,7 @@
 """The charts of a comparison."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -19,12 +20,11 @@ _MEMORY: dict[str, Callable[[Memory], int]] = {
     "optimizer state": lambda memory: memory.optimizer_state,
     "peak of the step": lambda memory: memory.peak - memory.held,
 }
-_STEP_PHASES = ("forward", "backward", "optimizer")
 _PROFILED = "Under the profiler, which slows the step down: good for shares, not for latency."
 
 
 def comparison_charts(comparison: Comparison, mode: Mode) -> list[Chart]:
-    """All charts of one mode.
+    """All charts of one mode; the roofline comes with the first.
 
     Args:
         comparison: What was measured.
@@ -38,33 +38,8 @@ def comparison_charts(comparison: Comparison, mode: Mode) -> list[Chart]:
     return charts
 
 
-def _rungs(comparison: Comparison, mode: Mode) -> Iterator[tuple[Arm, Measured | None]]:
-    return ((arm, arm.modes.get(mode)) for arm in comparison.arms)
-
-
-def _height(comparison: Comparison, bars: float, legend: int = 0) -> float:
-    """Of a ladder with a rung per arm.
-
-    Args:
-        comparison: What was measured.
-        bars: Height of what is under a name.
-        legend: Its entries.
-    """
-    below = legend_height(legend) if legend else 0
-    return len(comparison.arms) * (LINE + bars + GAP) + below
-
-
-def _in_words(comparison: Comparison, mode: Mode, tell: Callable[[Measured], str]) -> str:
-    return "; ".join(
-        f"{arm.name}: {tell(measured) if measured else 'failed'}"
-        for arm, measured in _rungs(comparison, mode)
-    )
-
-
 def _latency(comparison: Comparison, mode: Mode) -> Chart:
-    height = _height(comparison, BAR)
-
-    def label(arm: Arm, measured: Measured) -> str:
+    def value(arm: Arm, measured: Measured) -> str:
         ms, ratio = f"{_short(measured.latency_ms.median)} ms", measured.ratio
         if arm.name == comparison.baseline:
             return f"{ms}, baseline"
@@ -72,145 +47,172 @@ def _latency(comparison: Comparison, mode: Mode) -> Chart:
             return ms
         return f"{ms}, {ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
 
-    def draw(ax: Axes) -> None:
-        spreads = [one.latency_ms for _, one in _rungs(comparison, mode) if one]
-        ladder = Ladder(ax, height, max((spread.q75 for spread in spreads), default=0))
-        for arm, measured in _rungs(comparison, mode):
-            ladder.title(arm.name, label(arm, measured) if measured else "failed")
-            if measured:
-                spread = measured.latency_ms
-                is_baseline = arm.name == comparison.baseline
-                fill = {"facecolor": BASELINE if is_baseline else COLORS[0]}
-                middle = ladder.bar([spread.median], [fill])
-                whiskers = [[spread.median - spread.q25], [spread.q75 - spread.median]]
-                ax.errorbar(spread.median, middle, xerr=whiskers, capsize=4, lw=1.5, color=INK)
-            ladder.gap()
+    def draw(ladder: Ladder, arm: Arm, measured: Measured) -> None:
+        spread = measured.latency_ms
+        color = BASELINE if arm.name == comparison.baseline else COLORS[0]
+        middle = ladder.bar([spread.median], [{"facecolor": color}])
+        whiskers = [[spread.median - spread.q25], [spread.q75 - spread.median]]
+        ladder.ax.errorbar(spread.median, middle, xerr=whiskers, capsize=4, lw=1.5, color=INK)
 
-    return Chart(
-        name=f"{mode}-latency",
-        title=f"{mode}: latency of {comparison.batch_size} images",
-        words=_in_words(
-            comparison,
-            mode,
-            lambda one: (
-                f"{_short(one.latency_ms.median)} ms, interquartile range "
-                f"{_short(one.latency_ms.iqr)} ms"
-                + (f", {one.ratio.median:.2f} times the baseline" if one.ratio else "")
-            ),
-        ),  # fmt: skip
+    return _chart(
+        comparison,
+        mode,
+        name="latency",
+        title=f"latency of {comparison.batch_size} images",
         note="Median; whiskers are the interquartile range; ratio with its 99% interval.",
-        height=height,
+        most=lambda one: one.latency_ms.q75,
+        value=value,
         draw=draw,
     )
 
 
 def _memory(comparison: Comparison, mode: Mode) -> Chart:
+    is_training = mode == "train"
     styles = dict(zip(_MEMORY, fills(len(_MEMORY)), strict=True))
-    if mode == "infer":
+    if not is_training:
         del styles["optimizer state"]
-    phases = _STEP_PHASES if mode == "train" else ()
-    height = _height(comparison, BAR + LINE * len(phases), len(styles))
+    phases = ("forward", "backward", "optimizer") if is_training else ()
 
-    def label(arm: Arm, measured: Measured) -> str:
+    def value(arm: Arm, measured: Measured) -> str:
         peak, ratio = f"{_short(measured.memory.peak / MIB)} MiB", measured.memory_ratio
         if arm.name == comparison.baseline:
             return f"{peak}, baseline"
         return peak if ratio is None else f"{peak}, {ratio:.2f}x"
 
-    def draw(ax: Axes) -> None:
-        peaks = [one.memory.peak / MIB for _, one in _rungs(comparison, mode) if one]
-        room = 1.42 if phases else 1  # for the labels behind the thin bars
-        ladder = Ladder(ax, height, room * max(peaks, default=0))
-        for arm, measured in _rungs(comparison, mode):
-            ladder.title(arm.name, label(arm, measured) if measured else "failed")
-            if measured:
-                own = [_MEMORY[part](measured.memory) / MIB for part in styles]
-                ladder.bar(own, list(styles.values()), [_short(width) for width in own])
-                for phase in phases:
-                    taken = getattr(measured.memory, f"{phase}_peak") / MIB
-                    text = f"{phase} {_short(taken)}"
-                    ladder.span(measured.memory.held / MIB, taken, text, styles["peak of the step"])
-            ladder.gap()
-        ladder.legend(list(styles), list(styles.values()))
+    def draw(ladder: Ladder, arm: Arm, measured: Measured) -> None:
+        memory = measured.memory
+        widths = [_MEMORY[part](memory) / MIB for part in styles]
+        ladder.bar(widths, list(styles.values()), [_short(width) for width in widths])
+        for phase in phases:
+            taken = getattr(memory, f"{phase}_peak") / MIB
+            label = f"{phase} {_short(taken)}"
+            ladder.span(memory.held / MIB, taken, label, styles["peak of the step"])
 
-    return Chart(
-        name=f"{mode}-memory",
-        title=f"{mode}: peak memory [MiB]",
-        words=_in_words(
-            comparison,
-            mode,
-            lambda one: (
-                f"{_short(one.memory.peak / MIB)} MiB, of which "
-                f"{_short(one.memory.held / MIB)} MiB are held between steps"
-            ),
-        ),  # fmt: skip
-        note="A bar is the peak: what is held between steps, then the most that a step takes on top."
-        + (" Thin bars: the most that each phase takes." if phases else ""),
-        height=height,
+    room = 1.42 if is_training else 1  # for the labels behind the thin bars
+    return _chart(
+        comparison,
+        mode,
+        name="memory",
+        title="peak memory [MiB]",
+        note="The bar is the peak: what is held between steps, and the most of what a step takes."
+        + (" Thin bars: the most that each phase takes." if is_training else ""),
+        most=lambda one: room * one.memory.peak / MIB,
+        value=value,
         draw=draw,
+        below=BAR + LINE * len(phases),
+        legend=styles,
     )
 
 
 def _shares(comparison: Comparison, mode: Mode) -> Chart:
     names = categories(comparison)
     return _stacked(
-        comparison, mode, names,
-        name=f"{mode}-shares",
-        title=f"{mode}: share of the time",
-        widths=lambda one: [one.time_share.get(name, 0.0) for name in names],
+        comparison,
+        mode,
+        name="shares",
+        title="share of the time",
+        parts=lambda one: {name: one.time_share.get(name, 0.0) for name in names},
+        legend=dict(zip(names, fills(len(names)), strict=True)),
         form=lambda share: f"{share:.0%}",
-        total=lambda one: "",
-    )  # fmt: skip
+        value=lambda arm, one: "",
+    )
 
 
 def _phases(comparison: Comparison, mode: Mode) -> Chart:
     return _stacked(
-        comparison, mode, PHASES,
-        name=f"{mode}-phases",
-        title=f"{mode}: time by phase [ms]",
-        widths=lambda one: [phase_ms(one, phase) for phase in PHASES],
+        comparison,
+        mode,
+        name="phases",
+        title="time by phase [ms]",
+        parts=lambda one: {phase: phase_ms(one, phase) for phase in PHASES},
+        legend=dict(zip(PHASES, fills(len(PHASES)), strict=True)),
         form=_short,
-        total=lambda one: f"{_short(sum(spent.ms for spent in one.time))} ms",
-    )  # fmt: skip
+        value=lambda arm, one: f"{_short(sum(spent.ms for spent in one.time))} ms",
+    )
 
 
 def _stacked(
     comparison: Comparison,
     mode: Mode,
-    parts: Sequence[str],
+    *,
+    parts: Callable[[Measured], Mapping[str, float]],
+    form: Callable[[float], str],
+    legend: Mapping[str, dict[str, Any]],
+    **rest: Any,
+) -> Chart:
+    """A bar per arm that is made of parts."""
+
+    def draw(ladder: Ladder, arm: Arm, measured: Measured) -> None:
+        widths = list(parts(measured).values())
+        ladder.bar(widths, list(legend.values()), [form(width) for width in widths])
+
+    def tell(arm: Arm, measured: Measured) -> str:
+        return ", ".join(f"{part} {form(width)}" for part, width in parts(measured).items())
+
+    return _chart(
+        comparison,
+        mode,
+        note=_PROFILED,
+        most=lambda one: sum(parts(one).values()),
+        draw=draw,
+        tell=tell,
+        legend=legend,
+        **rest,
+    )
+
+
+def _chart(
+    comparison: Comparison,
+    mode: Mode,
     *,
     name: str,
     title: str,
-    widths: Callable[[Measured], list[float]],
-    form: Callable[[float], str],
-    total: Callable[[Measured], str],
+    note: str,
+    most: Callable[[Measured], float],
+    value: Callable[[Arm, Measured], str],
+    draw: Callable[[Ladder, Arm, Measured], None],
+    tell: Callable[[Arm, Measured], str] | None = None,
+    below: float = BAR,
+    legend: Mapping[str, dict[str, Any]] | None = None,
 ) -> Chart:
-    """A bar per arm that is made of parts."""
-    styles = fills(len(parts))
-    height = _height(comparison, BAR, len(parts))
+    """A rung per arm; one that failed has none but its name.
 
-    def draw(ax: Axes) -> None:
-        sums = [sum(widths(one)) for _, one in _rungs(comparison, mode) if one]
-        ladder = Ladder(ax, height, max(sums, default=0))
-        for arm, measured in _rungs(comparison, mode):
-            ladder.title(arm.name, total(measured) if measured else "failed")
+    Args:
+        comparison: What was measured.
+        mode: One of its modes.
+        name: Of the chart.
+        title: Of the chart.
+        note: What one should know to read it.
+        most: What an arm needs to the right.
+        value: What stands beside the name.
+        draw: Draws what stands below.
+        tell: The same in words; None takes ``value``.
+        below: Height of what is drawn.
+        legend: How parts are filled.
+    """
+    rungs = [(arm, arm.modes.get(mode)) for arm in comparison.arms]
+    height = len(rungs) * (LINE + below + GAP) + (legend_height(len(legend)) if legend else 0)
+
+    def draw_all(ax: Axes) -> None:
+        ladder = Ladder(ax, height, max((most(one) for _, one in rungs if one), default=0))
+        for arm, measured in rungs:
+            ladder.title(arm.name, value(arm, measured) if measured else "failed")
             if measured:
-                own = widths(measured)
-                ladder.bar(own, styles, [form(width) for width in own])
+                draw(ladder, arm, measured)
             ladder.gap()
-        ladder.legend(parts, styles)
-
-    def tell(measured: Measured) -> str:
-        own = zip(parts, widths(measured), strict=True)
-        return ", ".join(f"{part} {form(width)}" for part, width in own)
+        if legend:
+            ladder.legend(list(legend), list(legend.values()))
 
     return Chart(
-        name=name,
-        title=title,
-        words=_in_words(comparison, mode, tell),
-        note=_PROFILED,
+        name=f"{mode}-{name}",
+        title=f"{mode}: {title}",
+        words="; ".join(
+            f"{arm.name}: {(tell or value)(arm, measured) if measured else 'failed'}"
+            for arm, measured in rungs
+        ),
+        note=note,
         height=height,
-        draw=draw,
+        draw=draw_all,
     )
 
 

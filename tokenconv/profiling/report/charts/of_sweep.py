@@ -15,8 +15,8 @@ from tokenconv.profiling.report.findings import measured_points
 from tokenconv.profiling.report.sweep import setting_value
 from tokenconv.profiling.results import Measured, Point
 
-_STYLES = ("-", "--", ":", "-.")
-_MOST_LINES = len(_STYLES)  # per arm
+_STYLES = ("-", "--", "-.", ":")
+_MOST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class _Place:
     median: float
     low: float
     high: float
+
+    @property
+    def line(self) -> str:
+        """What it is joined with."""
+        return ", ".join(part for part in (self.arm, self.others) if part)
 
 
 def sweep_charts(points: Sequence[Point], mode: Mode) -> list[Chart]:
@@ -68,59 +73,55 @@ def _ratio(measured: Measured, what: str) -> tuple[float, float, float] | None:
 
 
 def _chart(places: Sequence[_Place], mode: Mode, key: str, what: str) -> Chart:
-    is_merged = len({place.others for place in places}) > _MOST_LINES
-    band = "99% intervals" if what == "latency" else ""
+    is_merged = len({place.line for place in places}) > _MOST_LINES
     if is_merged:
-        places, band = _merged(places), "from the least to the most over the other settings"
-    numbers = [setting_value(place.setting) for place in places]
-    is_numeric = None not in numbers
+        places = _merged(places)
     settings = list(dict.fromkeys(place.setting for place in places))
+    is_numeric = all(setting_value(setting) is not None for setting in settings)
     if is_numeric:
         settings.sort(key=float)
     arms = list(dict.fromkeys(place.arm for place in places))
-    others = list(dict.fromkeys(place.others for place in places))
-    lines = {
-        (arm, other): own
-        for arm in arms
-        for other in others
-        if (own := [p for p in places if (p.arm, p.others) == (arm, other)])
-    }
+    lines = {p.line: list[_Place]() for p in sorted(places, key=lambda p: arms.index(p.arm))}
+    for place in sorted(places, key=lambda place: settings.index(place.setting)):
+        lines[place.line].append(place)
 
     def draw(ax: Axes) -> None:
         ax.axhline(1, ls=(0, (1, 2)), lw=1, color=INK)
-        for i, ((arm, other), own) in enumerate(lines.items()):
-            own = sorted(own, key=lambda place: settings.index(place.setting))
-            shift = 0 if is_numeric else 0.5 * ((i + 0.5) / len(lines) - 0.5)
+        legend = []
+        for i, (line, own) in enumerate(lines.items()):
+            shift = 0 if is_numeric else (i + 0.5) / len(lines) / 2 - 0.25
             x = [settings.index(place.setting) + shift for place in own]
-            medians = [place.median for place in own]
-            color = COLORS[i % len(COLORS)]
-            style = _STYLES[others.index(other)] if is_numeric else ""
-            label = ", ".join(part for part in (elided(arm), other) if part)
-            ax.plot(x, medians, MARKERS[i % len(MARKERS)] + style, color=color, ms=6, label=label)
             lows, highs = [place.low for place in own], [place.high for place in own]
+            color = COLORS[i % len(COLORS)]
+            form = MARKERS[i % len(MARKERS)] + (_STYLES[i % len(_STYLES)] if is_numeric else "")
+            (drawn,) = ax.plot(x, [place.median for place in own], form, color=color, ms=6)
+            legend.append((drawn, ", ".join(filter(None, (elided(own[0].arm), own[0].others)))))
             if is_numeric:
                 ax.fill_between(x, lows, highs, color=color, alpha=0.2, lw=0)
             else:
                 ax.vlines(x, lows, highs, color=color)
         ax.set_xticks(range(len(settings)), settings)
         ax.margins(x=0.08, y=0.1)
-        finish(ax, across=key, up=f"{what} over the baseline's")
+        finish(ax, legend, across=key, up=f"{what} over the baseline's")
 
     return Chart(
         name=f"{mode}-{key}-{what}",
-        title=f"{mode}: {what} over that of the baseline, by {key}",
+        title=f"{mode}: {what} vs baseline, by {key}",
         words="; ".join(
-            f"{', '.join(filter(None, line))}: "
-            + ", ".join(f"{place.median:.2f} at {key} {place.setting}" for place in own)
+            f"{line}: " + ", ".join(f"{p.median:.2f}x at {key} {p.setting}" for p in own)
             for line, own in lines.items()
         ),
-        note=("Median over the other settings; the band is " if is_merged else "The band is ")
-        + f"{band}."
-        if band
-        else "",
+        note=_note(what, is_merged=is_merged),
         draw=draw,
         **scaled(legend=len(lines)),
     )
+
+
+def _note(what: str, *, is_merged: bool) -> str:
+    spread = " Bands or bars are 99% intervals." if what == "latency" else ""
+    if is_merged:
+        spread = " The median over all other settings; bands or bars are their range."
+    return f"Dotted: as much as the baseline.{spread}"
 
 
 def _merged(places: Sequence[_Place]) -> list[_Place]:

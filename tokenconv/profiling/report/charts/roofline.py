@@ -39,19 +39,21 @@ def roofline(comparison: Comparison, mode: Mode) -> Chart | None:
             lw=1.5,
             color=INK,
         )
+        legend = []
         for i, (name, points) in enumerate(found.items()):
-            ax.plot(
+            (drawn,) = ax.plot(
                 [point.intensity for point in points],
                 [point.flops_per_s / 1e9 for point in points],
                 MARKERS[i % len(MARKERS)], color=COLORS[i % len(COLORS)], ms=6, alpha=0.75,
-                label=elided(name), mec="none",
+                mec="none",
             )  # fmt: skip
+            legend.append((drawn, elided(name)))
         ax.margins(y=0.12)
         plain = FuncFormatter(lambda value, _: f"{value:,g}")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(plain)
             axis.set_minor_formatter(NullFormatter())
-        finish(ax, across="arithmetic intensity [FLOP per byte]", up="GFLOP/s", columns=2)
+        finish(ax, legend, across="arithmetic intensity [FLOP per byte]", up="GFLOP/s", columns=2)
 
     return Chart(
         name=f"{mode}-roofline",

@@ -1,7 +1,9 @@
 """Charts with two scales and a legend above them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 _LEGEND_LINE = 14.5  # points
@@ -18,11 +20,14 @@ def scaled(legend: int) -> dict[str, Any]:
     return {"height": above + _AREA + _BELOW, "margins": (_LEFT, above, _RIGHT, _BELOW)}
 
 
-def finish(ax: Axes, *, across: str, up: str, columns: int = 1) -> None:
+def finish(
+    ax: Axes, legend: Sequence[tuple[Artist, str]], *, across: str, up: str, columns: int = 1
+) -> None:
     """Name the scales and show the legend.
 
     Args:
         ax: Where all is drawn.
+        legend: What was drawn, and its name.
         across: What is on the horizontal scale.
         up: What is on the vertical scale.
         columns: Of the legend.
@@ -30,6 +35,7 @@ def finish(ax: Axes, *, across: str, up: str, columns: int = 1) -> None:
     ax.set_xlabel(across)
     ax.set_ylabel(up)
     ax.legend(
+        *zip(*legend, strict=True),
         loc="lower left", bbox_to_anchor=(-_LEFT / 275, 1.01), ncols=columns, frameon=False,
         borderpad=0, labelspacing=0.3, columnspacing=1.5,
     )  # fmt: skip
