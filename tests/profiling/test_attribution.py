@@ -1,6 +1,5 @@
 """Whose time it is: categories, phases and sites, forward and backward."""
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import tokenconv as tc
+from tokenconv.profiling import traces
 from tokenconv.profiling.attribution import Attribution, Category, annotated
 from tokenconv.profiling.measurement import Mode, Step
 from tokenconv.profiling.traces import Profiled, profile_step
@@ -34,7 +34,7 @@ def shares(model: nn.Module, batch: Tensor, mode: Mode) -> Counter[str]:
     """Share of the time by category."""
     found = profiled(model, batch, mode).time
     total = sum(spent.ms for spent in found)
-    return Counter({category: 0.0 for category in Category}) + sum_by(found, "category", total)
+    return Counter(dict.fromkeys(Category, 0.0)) + sum_by(found, "category", total)
 
 
 def sum_by(time: Any, key: str, total: float = 1.0) -> Counter[str]:
@@ -242,3 +242,94 @@ def test_hooks_are_gone_afterwards():
         assert not module._forward_pre_hooks
 
 
+# --- whole models: phases, sites and sums ---
+
+
+def vit(block: str | None = "mix_ffn", **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=96, depth=2)
+    return model if block is None else tc.insert_(model, block, **options)
+
+
+def pvt() -> nn.Module:
+    torch.manual_seed(0)
+    return tc.insert_(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)), "mix_ffn")
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("model", [vit, pvt])
+def test_own_times_add_up_to_the_whole(model: Any, mode: Mode):
+    step = Step(model(), images(2, 3, 96, 96), mode)
+    step()
+    run = traces._run(step, CPU)
+    events = list(run.events() or ())
+    whole = sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep")) / 2e3
+    found = Attribution(events).time(2)
+    assert sum(spent.ms for spent in found) == pytest.approx(whole, rel=0.02)
+    phases = sum_by(found, "phase")
+    expected = {"forward", "backward", "optimizer"} if mode == "train" else {"forward"}
+    assert {phase for phase, ms in phases.items() if ms > 0} == {*expected, "between"}
+    assert phases["between"] < 0.2 * whole
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_every_inserted_module_has_its_own_time(mode: Mode):
+    found = profiled(vit(), images(2, 3, 96, 96), mode)
+    sites = {f"blocks.{i}.mlp.act.before" for i in range(2)}
+    assert {spent.site for spent in found.time} == {"", *sites}
+    phases = {"forward", "backward"} if mode == "train" else {"forward"}
+    for site in sites:
+        own = [spent for spent in found.time if spent.site == site]
+        assert {s.phase for s in own} == phases
+        assert {s.category for s in own} <= {
+            Category.DEPTHWISE, Category.LAYOUT, Category.OTHER
+        }  # fmt: skip
+        for phase in phases:
+            assert sum_by([s for s in own if s.phase == phase], "category")[Category.DEPTHWISE] > 0
+    outside = [spent for spent in found.time if not spent.site]
+    assert sum_by(outside, "category")[Category.DEPTHWISE] == 0
+    assert set(found.depthwise_ms) == sites
+    assert all(ms > 0 for ms in found.depthwise_ms.values())
+
+
+def test_a_model_without_insertions_has_no_sites():
+    found = profiled(vit(None), images(2, 3, 96, 96), "train")
+    assert {spent.site for spent in found.time} == {""}
+    assert found.depthwise_ms == {}
+
+
+def test_the_site_of_a_heavy_branch_has_the_time():
+    class Heavy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.light, self.heavy = tc.DWConv(4), tc.DWConv(60, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).transpose(1, 2)
+            light, heavy = tokens.split([4, 60], dim=-1)
+            return torch.cat([self.light(light, 48, 48), self.heavy(heavy, 48, 48)], dim=-1)
+
+    found = profiled(Heavy(), images(4, 64, 48, 48), "train").time
+    for phase in ("forward", "backward"):
+        by_site = sum_by([spent for spent in found if spent.phase == phase], "site")
+        assert by_site["heavy"] > 2 * by_site["light"] > 0
+
+
+def test_matmuls_of_what_was_inserted_are_not_those_of_attention():
+    """A separable convolution beside attention runs in the hooks of attention."""
+    found = profiled(vit("separable_ffn", site="beside_attn"), images(2, 3, 96, 96), "train")
+    inserted = [s for s in found.time if s.site == "blocks.0.attn.beside"]
+    by_category = sum_by(inserted, "category")
+    assert by_category[Category.INSERTED_MATMUL] > 0
+    assert by_category[Category.ATTENTION] == by_category[Category.MLP_MATMUL] == 0
+    assert sum_by(found.time, "category")[Category.ATTENTION] > 0
+
+
+def test_convolutions_of_the_model_itself_are_known():
+    step = Step(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)), images(2, 3, 64, 64), "infer")
+    step()
+    found = profile_step(step, CPU)
+    assert set(found.depthwise_ms) == {f"stages.{i}.blocks.0.mlp.dwconv" for i in range(4)}
+    by_category = sum_by(found.time, "category")
+    assert by_category[Category.CONVOLUTION] > 0, "patch embeddings and reductions"
+    assert by_category[Category.DEPTHWISE] > 0

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 
 from tokenconv import MeasurementError, UnknownNameError
 from tokenconv.profiling import Comparison, Spread, compare, comparison, operator_changes
-from tokenconv.profiling.traces import Category, Profiled
+from tokenconv.profiling.attribution import Category
+from tokenconv.profiling.measurement import Timing
+from tokenconv.profiling.memory import Peaks
+from tokenconv.profiling.results import SCHEMA_VERSION, TimeSpent
+from tokenconv.profiling.traces import Profiled
 
 MIB = 2**20
 
@@ -71,10 +76,8 @@ def test_time_shares_add_up_to_one(measured: Comparison):
 
 
 def test_the_baseline_is_one_times_itself(measured: Comparison):
-    ratios = measured.arms[0].ratios
-    assert ratios["params"] == ratios["macs"] == 1
-    for mode in ("infer", "train"):
-        assert ratios[mode]["latency"] == {
+    for figures in measured.arms[0].modes.values():
+        assert dataclasses.asdict(figures.ratio) == {
             "median": 1,
             "iqr": 0,
             "q25": 1,
@@ -83,16 +86,14 @@ def test_the_baseline_is_one_times_itself(measured: Comparison):
             "high": 1,
             "verdict": "no difference shown",
         }
-        assert ratios[mode]["peak_memory"] == 1
+        assert figures.memory_ratio == 1
 
 
-def test_other_ratios_refer_to_the_baseline(measured: Comparison):
+def test_ratios_of_memory_refer_to_the_baseline(measured: Comparison):
     small, wide = measured.arms
-    assert wide.ratios["params"] == pytest.approx(wide.params / small.params)
-    assert wide.ratios["macs"] == pytest.approx(wide.macs / small.macs)
     for mode in ("infer", "train"):
-        expected = wide.modes[mode].peak_memory_mib / small.modes[mode].peak_memory_mib
-        assert wide.ratios[mode]["peak_memory"] == pytest.approx(expected)
+        expected = wide.modes[mode].memory.peak / small.modes[mode].memory.peak
+        assert wide.modes[mode].memory_ratio == pytest.approx(expected)
 
 
 def test_difference_is_the_largest_of_the_outputs(measured: Comparison):
@@ -101,14 +102,16 @@ def test_difference_is_the_largest_of_the_outputs(measured: Comparison):
 
 def test_environment_is_told(measured: Comparison):
     told = measured.to_dict()
-    assert told["schema_version"] == comparison.SCHEMA_VERSION
+    assert told["schema_version"] == SCHEMA_VERSION
     assert told["device"].startswith("cpu")
     assert told["dtype"] == "float32"
     assert told["threads"] == 1
     assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(told["versions"]) >= {"python", "torch", "timm", "einops", "tokenconv"}
     assert (told["batch_size"], told["input_size"]) == (3, (3, 16, 16))
-    assert (told["rounds"], told["compiled"]) == ({"infer": 3, "train": 3}, False)
+    assert told["rounds"] == {"infer": 3, "train": 3}
+    assert all(arm["compiled"] is False for arm in told["arms"])
+    assert told["memory_format"] == "contiguous"
     assert len(told["load"]) == 2
     assert told["governor"]
 
@@ -141,9 +144,9 @@ def test_training_memory_holds_gradients_and_moments():
     models = {"linear": nn.Sequential(nn.Flatten(), nn.Linear(1024, 1024, bias=False))}
     batch = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     (arm,) = compare(models, batch, repeats=1, warmup=0).arms
-    assert arm.modes["infer"].peak_memory_mib == pytest.approx(4, rel=0.05)
+    assert arm.modes["infer"].memory.peak / MIB == pytest.approx(4, rel=0.05)
     # AdamW's foreach update takes up to three more buffers of the size of the weight.
-    assert 16 <= arm.modes["train"].peak_memory_mib <= 16 + 3 * 4 + 1
+    assert 16 <= arm.modes["train"].memory.peak / MIB <= 16 + 3 * 4 + 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -167,11 +170,12 @@ def test_the_models_of_the_caller_are_left_alone(training: bool):
 def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Replaces the clock and the profiler; returns the samples per arm, to be filled in."""
     samples: dict[str, list[float]] = {}
-    share = {category.value: float(category is Category.OTHER) for category in Category}
-    monkeypatch.setattr(comparison, "time_interleaved", lambda steps, **kwargs: samples)
+    time = (TimeSpent(Category.OTHER, "forward", "", 1.0),)
+    found = Profiled(time, {}, {}, Peaks(3 * MIB, 0, 0, None))
     monkeypatch.setattr(
-        comparison, "profile_step", lambda step, device, folder: Profiled(share, 3 * MIB, {})
+        comparison, "time_interleaved", lambda steps, **kwargs: Timing(samples, {}, 0.0)
     )
+    monkeypatch.setattr(comparison, "profile_step", lambda step, device: found)
     return samples
 
 
@@ -179,9 +183,10 @@ def test_latency_ratio_is_paired_round_by_round(planned: dict[str, list[float]])
     planned |= {"a": [1, 2, 4, 10], "b": [2, 2, 2, 2]}
     a, b = compare({"a": net(), "b": net()}, images(), mode="infer", repeats=4).arms
     assert a.modes["infer"].latency_ms == Spread.of([1, 2, 4, 10])
-    ratio = b.ratios["infer"]["latency"]
-    assert ratio["median"] == pytest.approx(0.75), "of 2, 1, 0.5 and 0.2; medians give 0.67"
-    assert ratio["iqr"] == pytest.approx(1.25 - 0.425)
+    assert a.modes["infer"].samples_ms == (1, 2, 4, 10)
+    ratio = b.modes["infer"].ratio
+    assert ratio.median == pytest.approx(0.75), "of 2, 1, 0.5 and 0.2; medians give 0.67"
+    assert ratio.iqr == pytest.approx(1.25 - 0.425)
     assert b.modes["infer"].images_per_s == pytest.approx(1500)
 
 
@@ -189,7 +194,7 @@ def test_a_verdict_needs_ten_rounds(planned: dict[str, list[float]]):
     for count, verdict in ((9, "no difference shown"), (10, "slower")):
         planned |= {"a": [1.0] * count, "b": [1.1] * count}
         result = compare({"a": net(), "b": net()}, images(), mode="infer", repeats=count)
-        assert result.arms[1].ratios["infer"]["latency"]["verdict"] == verdict
+        assert result.arms[1].modes["infer"].ratio.verdict == verdict
         assert verdict in str(result).splitlines()[2]
 
 
@@ -236,9 +241,8 @@ def test_another_baseline(planned: dict[str, list[float]]):
     result = compare({"a": net(), "b": net(16)}, images(), mode="infer", repeats=2, baseline="b")
     a, b = result.arms
     assert (result.baseline, result.reference) == ("b", "b")
-    assert a.ratios["infer"]["latency"]["median"] == 0.5
-    assert a.ratios["params"] == pytest.approx(a.params / b.params)
-    assert b.ratios["params"] == 1
+    assert a.modes["infer"].ratio.median == 0.5
+    assert b.modes["infer"].ratio.median == 1
 
 
 def test_reference_need_not_be_the_baseline(planned: dict[str, list[float]]):
@@ -254,7 +258,7 @@ def test_peak_is_what_is_held_and_what_a_step_takes(planned: dict[str, list[floa
     model, batch = net(), images()
     (arm,) = compare({"a": model}, batch, mode="infer", repeats=1).arms
     held = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), batch])
-    assert arm.modes["infer"].peak_memory_mib == pytest.approx(held / MIB + 3)
+    assert arm.modes["infer"].memory.peak == held + 3 * MIB
 
 
 @pytest.mark.parametrize(
@@ -267,20 +271,24 @@ def test_mode_chooses_what_is_measured(
     planned |= {"a": [1]}
     (arm,) = compare({"a": net()}, images(), mode=mode, repeats=1).arms
     assert list(arm.modes) == expected
-    assert set(arm.ratios) == {"params", "macs", *expected}
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_every_arm_is_compiled_or_none(
-    planned: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch, compiled: bool
+@pytest.mark.parametrize(
+    ("compiled", "expected"), [(True, ["a", "b"]), (False, []), (["b"], ["b"])]
+)
+def test_arms_are_compiled_as_asked_for(
+    planned: dict[str, list[float]],
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: Any,
+    expected: list[str],
 ):
     planned |= {"a": [1], "b": [1]}
     compiled_modules: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled_modules.append(model) or model)
     models = {"a": net(), "b": net()}
     result = compare(models, images(), mode="infer", repeats=1, compiled=compiled)
-    assert result.compiled is compiled
-    assert len(compiled_modules) == (2 if compiled else 0)
+    assert [arm.name for arm in result.arms if arm.compiled] == expected
+    assert len(compiled_modules) == len(expected)
 
 
 def test_dtype_is_that_of_the_images(planned: dict[str, list[float]]):
@@ -289,14 +297,20 @@ def test_dtype_is_that_of_the_images(planned: dict[str, list[float]]):
     assert result.dtype == "float64"
 
 
-def test_a_baseline_without_parameters_has_no_ratios_of_them(planned: dict[str, list[float]]):
+def test_the_memory_format_is_that_of_the_images(planned: dict[str, list[float]]):
+    planned |= {"a": [1]}
+    batch = images().contiguous(memory_format=torch.channels_last)
+    result = compare({"a": net()}, batch, mode="infer", repeats=1)
+    assert result.memory_format == "channels_last"
+
+
+def test_a_baseline_without_parameters(planned: dict[str, list[float]]):
     planned |= {"nothing": [1], "net": [2]}
     models = {"nothing": nn.Identity(), "net": nn.Conv2d(3, 3, 1)}
     nothing, other = compare(models, images(), mode="infer", repeats=1).arms
     assert (nothing.params, nothing.macs, nothing.macs_by_flop_counter) == (0, 0, 0)
     assert other.params == 12
-    assert (other.ratios["params"], other.ratios["macs"]) == (None, None)
-    assert other.ratios["infer"]["latency"]["median"] == 2
+    assert other.modes["infer"].ratio.median == 2
 
 
 # --- refusals ---
@@ -348,19 +362,13 @@ def test_outputs_other_than_one_tensor_are_refused():
         compare({"pair": Pair()}, images())
 
 
-def test_an_arm_that_cannot_be_trained_is_named():
-    models = {"a": net(), "frozen": net().requires_grad_(False)}
-    with pytest.raises(MeasurementError, match="frozen cannot be measured in mode train: "):
-        compare(models, images(), repeats=1, warmup=0)
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_training_is_measured_whatever_the_caller_does(context: Any):
     models, batch = {"a": net()}, images()
     with context():
         (arm,) = compare(models, batch, mode="train", repeats=1, warmup=0).arms
     params_mib = 4 * arm.params / MIB
-    assert arm.modes["train"].peak_memory_mib > 3 * params_mib, "AdamW holds two moments"
+    assert arm.modes["train"].memory.peak / MIB > 3 * params_mib, "AdamW holds two moments"
 
 
 def test_images_that_an_arm_refuses_are_named():
@@ -368,12 +376,138 @@ def test_images_that_an_arm_refuses_are_named():
         compare({"a": net(), "b": nn.Conv2d(4, 4, 1)}, images())
 
 
-def test_outputs_that_are_not_finite_are_refused():
-    with pytest.raises(MeasurementError, match="the output of b is not finite"):
-        compare({"a": net(), "b": net(offset=float("nan"))}, images())
+# --- arms that fail ---
 
 
-def test_outputs_of_different_shape_are_refused():
-    match = r"outputs differ in shape: a gives \(3, 5\), b \(3, 3, 16, 16\)"
-    with pytest.raises(MeasurementError, match=match):
-        compare({"a": net(), "b": nn.Identity()}, images())
+class Fails(nn.Module):
+    """A network that gives up in one of its forward passes."""
+
+    def __init__(self, error: Exception, when: int, mode: str):
+        super().__init__()
+        self.net, self.error, self.when, self.mode = net(), error, when, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = self.training is (self.mode == "train") and not x.is_meta
+        self.when -= counts
+        if counts and self.when < 0:
+            raise self.error
+        return self.net(x)
+
+
+OUT = torch.OutOfMemoryError("tried to allocate 8 EiB")
+
+
+def check_others(result: Comparison, *modes: str) -> None:
+    """The arms around the one that failed have all figures, and those are sound."""
+    first, _, last = result.arms
+    for arm in (first, last):
+        assert arm.failures == {}
+        assert list(arm.modes) == list(modes)
+        assert all(figures.ratio is not None for figures in arm.modes.values())
+
+
+@pytest.mark.parametrize(
+    "when", [1, 2, 3, 6, 7], ids=["first", "warm-up", "round", "last", "profile"]
+)
+def test_memory_that_runs_out_loses_no_other_arm(when: int):
+    models = {"a": net(), "big": Fails(OUT, when, "infer"), "b": net()}
+    result = compare(models, images(), repeats=3, warmup=1)
+    check_others(result, "infer", "train")
+    big = result.arm("big")
+    assert big.failures == {"infer": "out of memory: tried to allocate 8 EiB"}
+    assert list(big.modes) == ["train"]
+    assert big.max_abs_diff_at_insertion == 0
+    assert (big.params, big.macs) == (result.arm("a").params, result.arm("a").macs)
+    assert "failed" in str(result).splitlines()[2]
+
+
+def test_memory_that_runs_out_at_once_fails_every_mode():
+    models = {"a": net(), "big": Fails(OUT, 0, "infer"), "b": net()}
+    result = compare(models, images(), repeats=1, warmup=0)
+    check_others(result, "infer", "train")
+    assert set(result.arm("big").failures) == {"infer", "train"}
+    assert result.arm("big").max_abs_diff_at_insertion is None
+
+
+def test_memory_that_a_cpu_does_not_have_is_called_so():
+    class Greedy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.new_empty(2**55)[0]
+
+    result = compare({"a": nn.Flatten(), "b": Greedy()}, images(), mode="infer", repeats=1)
+    assert result.arm("b").failures["infer"].startswith("out of memory: ")
+
+
+def test_an_arm_that_cannot_be_trained_keeps_its_other_figures():
+    models = {"a": net(), "frozen": net().requires_grad_(False), "b": net()}
+    result = compare(models, images(), repeats=1, warmup=0)
+    check_others(result, "infer", "train")
+    frozen = result.arm("frozen")
+    assert list(frozen.modes) == ["infer"]
+    assert list(frozen.failures) == ["train"]
+    assert "parameter list" in frozen.failures["train"]
+
+
+def test_outputs_that_mean_nothing_fail_the_arm():
+    models = {"a": net(), "bad": net(offset=float("nan")), "b": net()}
+    result = compare(models, images(), repeats=1, warmup=0)
+    check_others(result, "infer", "train")
+    assert set(result.arm("bad").failures) == {"infer", "train"}
+    assert result.arm("bad").failures["train"].startswith("its output is not finite")
+    models["bad"] = nn.Flatten()
+    (_, bad, _) = compare(models, images(), mode="infer", repeats=1, warmup=0).arms
+    shapes = "the shape (3, 768), that of a (3, 5)"
+    assert bad.failures == {"infer": f"its output has {shapes}"}
+
+
+def test_without_a_baseline_there_are_figures_and_no_ratios():
+    models = {"a": Fails(OUT, 2, "infer"), "b": net()}
+    result = compare(models, images(), mode="infer", repeats=3, warmup=1)
+    assert result.arm("a").failures
+    figures = result.arm("b").modes["infer"]
+    assert (figures.ratio, figures.memory_ratio) == (None, None)
+    assert figures.latency_ms.median > 0
+    assert result.rounds == {"infer": 3}
+
+
+def test_a_reference_that_fails_is_nothing_to_be_compared_with():
+    models = {"a": net(offset=float("nan")), "b": net(), "c": nn.Flatten()}
+    result = compare(models, images(), mode="infer", repeats=1, warmup=0)
+    assert [arm.max_abs_diff_at_insertion for arm in result.arms] == [None, None, None]
+    assert set(result.arm("c").modes) == {"infer"}
+
+
+def test_nothing_that_can_be_measured_is_an_error():
+    with pytest.raises(MeasurementError, match=r"no arm can be measured; a: its output is not"):
+        compare({"a": net(offset=float("inf"))}, images())
+    with pytest.raises(MeasurementError, match=r"no arm can be measured; a: .*parameter list"):
+        compare({"a": net().requires_grad_(False)}, images(), mode="train")
+
+
+# --- traces that cannot be kept ---
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("no")])
+def test_traces_that_cannot_be_written_lose_no_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+):
+    def write(step: Any, device: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{step.mode}.1.pt.trace.json.gz").write_text("half of it")
+        raise error
+
+    monkeypatch.setattr(comparison, "record_trace", write)
+    models = {"a": net(), "b": net(), "c": net()}
+    result = compare(models, images(), repeats=1, warmup=0, trace_dir=tmp_path / "traces")
+    check_others(result, "infer", "train")
+    lost = [line for line in result.warnings if line.startswith("no trace of ")]
+    assert len(lost) == 6
+    assert lost[0] == f"no trace of infer of a in {tmp_path / 'traces'}: {error}"
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+def test_a_trace_folder_that_is_a_file_loses_no_figures(tmp_path: Path):
+    (tmp_path / "traces").write_text("mine")
+    result = compare({"a": net()}, images(), mode="infer", repeats=1, trace_dir=tmp_path / "traces")
+    assert list(result.arms[0].modes) == ["infer"]
+    assert result.warnings[0].startswith("no trace of infer of a in ")

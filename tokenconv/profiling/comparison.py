@@ -6,7 +6,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,6 +111,10 @@ def compare(
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
         differences, broken = _differences(copies, images, reference)
+        arms = [
+            _arm(name, model, images, name in compiled, differences.get(name))
+            for name, model in copies.items()
+        ]
         roof = measure_roof(images.device, images.dtype)
         found: dict[Mode, _InMode] = {}
         known = len(modes) * len(copies) * (warmup + repeats + 1) if repeats else None
@@ -124,10 +128,7 @@ def compare(
                 found[current] = _measure(steps, timing, baseline, failed, bar.update)
                 if trace_dir is not None:
                     warnings += _record(found[current].steps, images.device, Path(trace_dir))
-        arms = tuple(
-            _arm(name, model, images, name in compiled, differences.get(name), found)
-            for name, model in copies.items()
-        )
+    arms = tuple(_with_figures(arm, found) for arm in arms)
     if not any(arm.modes for arm in arms):
         name, failed = next((arm.name, arm.failures) for arm in arms)
         raise MeasurementError(f"no arm can be measured; {name}: {next(iter(failed.values()))}")
@@ -229,6 +230,55 @@ def _differences(
     }, broken
 
 
+def _arm(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    compiled: bool,
+    difference: float | None,
+) -> Arm:
+    """What is known of an arm before anything is timed."""
+    input_size = tuple(images.shape[1:])
+    inserted = cost(model, input_size)
+    return Arm(
+        name=name,
+        compiled=compiled,
+        params=inserted.params,
+        macs=inserted.macs,
+        macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
+        bytes=inserted.bytes,
+        sites=dict(inserted.sites),
+        depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
+        convolutions=_convolutions(model),
+        max_abs_diff_at_insertion=difference,
+        modes={},
+        failures={},
+    )
+
+
+def _convolutions(model: nn.Module) -> dict[str, int]:
+    """How many convolutions there are, by name with ``*`` for numbers."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.ndim >= 4
+    ]
+    inside = tuple(f"{name}." for name in names)
+    outermost = [name for name in names if not name.startswith(inside)]
+    return dict(Counter(re.sub(r"\b\d+\b", "*", name) for name in outermost))
+
+
+def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """PyTorch's own count on the forward pass, half its FLOPs."""
+    meta = meta_copy(model).eval().requires_grad_(False)
+    floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
+
+
 def _steps(
     models: Mapping[str, nn.Module],
     images: Tensor,
@@ -312,62 +362,24 @@ def _measure(
     )
 
 
+def _with_figures(arm: Arm, found: Mapping[Mode, _InMode]) -> Arm:
+    name = arm.name
+    return replace(
+        arm,
+        modes={mode: one.measured[name] for mode, one in found.items() if name in one.measured},
+        failures={mode: one.failures[name] for mode, one in found.items() if name in one.failures},
+    )
+
+
 def _record(steps: Mapping[str, Step], device: torch.device, folder: Path) -> Iterator[str]:
     """Keep a trace of every step; warnings of what could not be kept."""
     for name, step in steps.items():
         try:
             record_trace(step, device, folder / name)
         except (OSError, *FAILURES) as error:
+            for part in (folder / name).glob(f"{step.mode}.*"):
+                part.unlink()
             yield f"no trace of {step.mode} of {name} in {folder}: {reason(error)}"
-
-
-def _arm(
-    name: str,
-    model: nn.Module,
-    images: Tensor,
-    compiled: bool,
-    difference: float | None,
-    found: Mapping[Mode, _InMode],
-) -> Arm:
-    input_size = tuple(images.shape[1:])
-    inserted = cost(model, input_size)
-    return Arm(
-        name=name,
-        compiled=compiled,
-        params=inserted.params,
-        macs=inserted.macs,
-        macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
-        bytes=inserted.bytes,
-        sites=dict(inserted.sites),
-        depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
-        convolutions=_convolutions(model),
-        max_abs_diff_at_insertion=difference,
-        modes={mode: one.measured[name] for mode, one in found.items() if name in one.measured},
-        failures={mode: one.failures[name] for mode, one in found.items() if name in one.failures},
-    )
-
-
-def _convolutions(model: nn.Module) -> dict[str, int]:
-    """How many convolutions there are, by name with ``*`` for numbers."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if (weight := module._parameters.get("weight")) is not None and weight.ndim >= 4
-    ]
-    inside = tuple(f"{name}." for name in names)
-    outermost = [name for name in names if not name.startswith(inside)]
-    return dict(Counter(re.sub(r"\b\d+\b", "*", name) for name in outermost))
-
-
-def _macs_by_flop_counter(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """PyTorch's own count on the forward pass, half its FLOPs."""
-    meta = meta_copy(model).eval().requires_grad_(False)
-    floating = (p.dtype for p in meta.parameters() if p.is_floating_point())
-    dtype = next(floating, torch.float32)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        meta(torch.empty(1, *input_size, device="meta", dtype=dtype))
-    return counter.get_total_flops() // 2
 
 
 # --- where it was measured ---
