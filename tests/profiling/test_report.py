@@ -1,110 +1,45 @@
 """The files of a report: what they say, and that they are written whole or not at all."""
 
 import dataclasses
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from matplotlib import colors
 from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenconv import MeasurementError
-from tokenconv.profiling import Arm, Comparison, Measured, Spread, report_folder, write_report
-from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.report.figure import write_figure
-from tokenconv.profiling.report.markdown import to_markdown
-from tokenconv.profiling.traces import Category, Operator
+from tokenconv.profiling.measurement import MIB, Spread
+from tokenconv.profiling.report import changes_table, report_folder, write_report, write_sweep
+from tokenconv.profiling.report.charts import Chart, comparison_charts, sweep_charts
+from tokenconv.profiling.report.charts.palette import COLORS
+from tokenconv.profiling.report.figure import write_figures
+from tokenconv.profiling.report.markdown import sweep_to_markdown, to_markdown
+from tokenconv.profiling.report.roofline import roofline_points
+from tokenconv.profiling.results import Comparison, Point, read_comparison
 
-MODES: tuple[Mode, ...] = ("infer", "train")
-ABOUT = {
-    "model": "pvt_v2_b0",
-    "weights": "random",
-    "command": "tokenconv compare pvt_v2_b0 --block mix_ffn",
-    "allocator": "glibc, keeps freed memory",
-}
-
-
-def arm(name: str, *, factor: float, difference: float, modes: tuple[Mode, ...] = MODES) -> Arm:
-    """An arm that takes ``factor`` times as long as the baseline, and more memory by its root."""
-    share = {category.value: 0.1 for category in Category} | {Category.ATTENTION.value: 0.4}
-    latency = {"infer": 20 * factor, "train": 80 * factor}
-    return Arm(
-        name=name,
-        params=int(3_600_000 * factor),
-        macs=44_000_000,
-        macs_by_flop_counter=44_000_000,
-        bytes=10**7,
-        max_abs_diff_at_insertion=difference,
-        modes={
-            mode: Measured(
-                latency_ms=Spread(ms := latency[mode], 0.2 * ms, 0.9 * ms, 1.1 * ms),
-                images_per_s=4000 / ms,
-                peak_memory_mib=50 * factor**0.5,
-                time_share=share,
-                operators={"aten::addmm": Operator(24, 3.0)}
-                | ({"aten::_conv_depthwise2d": Operator(12, 4.5 * factor)} if factor > 2 else {}),
-            )
-            for mode in modes
-        },
-        ratios={
-            "params": factor,
-            "macs": 1.0,
-            **{
-                mode: {
-                    "latency": {
-                        "median": factor,
-                        "iqr": 0.11,
-                        "q25": 0.9,
-                        "q75": 1.1,
-                        "low": 0.95 * factor,
-                        "high": 1.05 * factor,
-                        "verdict": "no difference shown" if factor == 1 else "slower",
-                    },
-                    "peak_memory": factor**0.5,
-                }
-                for mode in modes
-            },
-        },
-    )
-
-
-def made_up(modes: tuple[Mode, ...] = MODES) -> Comparison:
-    return Comparison(
-        baseline="attention_only",
-        reference="original",
-        batch_size=4,
-        input_size=(3, 64, 96),
-        rounds=dict.fromkeys(modes, 20),
-        load=(0.25, 2.0),
-        governor="performance",
-        compiled=False,
-        device="cpu (made up)",
-        dtype="float32",
-        threads=2,
-        versions={"python": "3.11.7", "torch": "2.15.0"},
-        memory_source="memory events of the profiler",
-        date="2026-01-02T03:04:05+00:00",
-        arms=(
-            arm("attention_only", factor=1, difference=0.17, modes=modes),
-            arm("original", factor=1.44, difference=0, modes=modes),
-            arm("mix_ffn", factor=2.25, difference=0, modes=modes),
-        ),
-        warnings=("the machine was busy before: 3.0 processes on 2 cores",),
-    )
+MODES = ("infer", "train")
+ARMS = ("attention_only", "original", "mix_ffn")
+MakeUp = Callable[..., Comparison]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, made_up: MakeUp) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(made_up(), folder, about=ABOUT)
+    write_report(made_up(), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> str:
-    return (folder / "report.md").read_text()
+    return (folder / "report.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def sweep_report(sweep: list[Point]) -> str:
+    return sweep_to_markdown(sweep, {"model": "pvt_v2_b0", "command": "tokenconv compare"})
 
 
 def section(report: str, title: str) -> str:
@@ -115,18 +50,20 @@ def section(report: str, title: str) -> str:
 
 def rows(markdown: str) -> list[list[str]]:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def changed(comparison: Comparison, arm: str, /, **values: object) -> Comparison:
+    """The same with other facts about an arm."""
+    arms = [dataclasses.replace(a, **values) if a.name == arm else a for a in comparison.arms]
+    return dataclasses.replace(comparison, arms=tuple(arms))
 
 
 # --- compare.json ---
 
 
-def test_json_is_the_comparison_and_what_is_known_about_it(folder: Path):
-    content = json.loads((folder / "compare.json").read_text())
-    expected: dict[str, Any] = json.loads(json.dumps(made_up().to_dict() | ABOUT))
-    assert content == expected
-    assert [arm["name"] for arm in content["arms"]] == ["attention_only", "original", "mix_ffn"]
-    assert content["arms"][2]["modes"]["train"]["latency_ms"]["median"] == 180
+def test_json_is_the_comparison(folder: Path, made_up: MakeUp):
+    assert read_comparison(folder / "compare.json") == made_up()
 
 
 # --- report.md ---
@@ -137,71 +74,177 @@ def test_report_names_the_model_and_every_arm(report: str):
     assert title == "# pvt_v2_b0: attention_only, original, mix_ffn"
 
 
+def test_report_without_a_model_has_a_title(made_up: MakeUp):
+    unknown = dataclasses.replace(made_up(), about={})
+    assert to_markdown(unknown).startswith("# Comparison: attention_only, original, mix_ffn\n")
+
+
 def test_report_begins_with_what_was_found(report: str):
-    findings = section(report, "")
+    found = section(report, "")
+    assert "4 images of 3x64x96 in float32 on cpu (made up), 2 threads" in found
     assert (
-        "- Inference of **mix_ffn** takes 2.25x the time of attention_only (2.14 to 2.36: slower; "
-        "45.0 ms for 4 images) and 1.50x its memory." in findings
+        "- Inference of mix_ffn takes 2.25x the time of attention_only (2.14 to 2.36: slower; "
+        "45.0 ms for 4 images) and 1.50x its memory." in found
     )
-    assert "- A training step of **original** takes 1.44x the time of attention_only" in findings
-    assert "**attention_only** takes" not in findings, "the baseline is not compared with itself"
-    assert "- The output of **mix_ffn** is equal to that of original, bit for bit." in findings
+    assert "- A training step of original takes 1.44x the time of attention_only" in found
+    assert "attention_only takes" not in found, "the baseline is not compared with itself"
+    assert "- The output of mix_ffn is equal to that of original, bit for bit." in found
 
 
-def test_report_lists_operators_that_differ(report: str):
+def test_report_lists_operators_that_differ(report: str, made_up: MakeUp):
     header, _, *body = rows(section(report, "Operators that differ"))
-    assert header[:4] == ["mode", "arm", "operator", ""]
+    assert header[:4] == ["mode", "arm", "operator", "what it does"]
     assert body == [
-        [mode, "mix_ffn", "`aten::_conv_depthwise2d`", "appears", "0", "12", "0.00", "10.12"]
+        [mode, "mix_ffn", "aten::_conv_depthwise2d", "appears", "0", "12", "0.00", "10.12"]
         for mode in MODES
     ]
     equal = dataclasses.replace(made_up(), arms=made_up().arms[:2])
-    assert "Every arm runs the operators of the baseline" in to_markdown(equal, ABOUT)
+    assert "Every arm runs the operators of attention_only" in to_markdown(equal)
+    assert changes_table(equal) == (
+        "Every arm runs the operators of attention_only, as often as it does."
+    )
 
 
-def test_report_warns_before_it_shows_figures(report: str):
+def test_report_warns_before_it_shows_figures(report: str, made_up: MakeUp):
     assert "> Warning: the machine was busy before: 3.0 processes" in section(report, "")
-    assert "Warning" not in to_markdown(dataclasses.replace(made_up(), warnings=()), ABOUT)
+    assert "Warning" not in to_markdown(dataclasses.replace(made_up(), warnings=()))
 
 
-def test_report_tells_a_difference_of_the_output():
-    made = made_up()
-    moved = dataclasses.replace(made.arms[2], max_abs_diff_at_insertion=0.125)
-    made = dataclasses.replace(made, arms=(*made.arms[:2], moved))
-    assert "of **mix_ffn** differs from that of original by up to 0.12." in to_markdown(made, ABOUT)
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        (0.125, "of mix_ffn differs from that of original by up to 0.12."),
+        (None, "of mix_ffn could not be compared with that of original."),
+    ],
+)
+def test_report_tells_a_difference_of_the_output(
+    made_up: MakeUp, difference: float | None, expected: str
+):
+    assert expected in to_markdown(
+        changed(made_up(), "mix_ffn", max_abs_diff_at_insertion=difference)
+    )
 
 
-def test_report_tells_macs_that_are_not_confirmed(report: str):
+def test_report_tells_macs_that_are_not_confirmed(report: str, made_up: MakeUp):
     assert "not confirmed" not in report
-    made = made_up()
-    doubtful = dataclasses.replace(made.arms[2], macs_by_flop_counter=43_000_000)
-    made = dataclasses.replace(made, arms=(*made.arms[:2], doubtful))
-    expected = "MACs of **mix_ffn** are not confirmed: 44,000,000 by formula, 43,000,000 by"
-    assert expected in to_markdown(made, ABOUT)
+    doubtful = changed(made_up(), "mix_ffn", macs_by_flop_counter=43_000_000)
+    expected = "MACs of mix_ffn are not confirmed: 44,000,000 by formula, 43,000,000 by"
+    assert expected in to_markdown(doubtful)
 
 
 def test_report_has_a_row_of_figures_per_mode_and_arm(report: str):
     header, _, *body = rows(section(report, "Figures"))
-    assert [row[:2] for row in body] == [
-        [mode, name] for mode in MODES for name in ("attention_only", "original", "mix_ffn")
-    ]
+    assert [row[:2] for row in body] == [[mode, name] for mode in MODES for name in ARMS]
     found = dict(zip(header, body[5], strict=True))
     assert found["latency ms (IQR)"] == "180.0 (36.0)"
     assert found["vs baseline (99% interval)"] == "2.250x (2.137-2.363)"
     assert found["verdict"] == "slower"
-    assert found["peak MiB"] == "75.0"
+    assert found["peak MiB"] == "300.0"
+    assert found["memory vs baseline"] == "1.500x"
     assert found["params"] == "8.100 M"
+    assert found["compiled"] == "no"
     assert dict(zip(header, body[0], strict=True))["vs baseline (99% interval)"] == "baseline"
+
+
+def test_an_arm_that_failed_has_rows_and_a_reason(made_up: MakeUp, failed: MakeUp):
+    report = to_markdown(failed(made_up(), "mix_ffn", "train"))
+    assert "> Failed: A training step of mix_ffn failed: no memory left" in section(report, "")
+    assert "A training step of mix_ffn takes" not in report
+    header, _, *body = rows(section(report, "Figures"))
+    assert [row[:2] for row in body] == [[mode, name] for mode in MODES for name in ARMS]
+    found = dict(zip(header, body[5], strict=True))
+    assert found["verdict"] == "failed"
+    assert found["latency ms (IQR)"] == found["memory vs baseline"] == "-"
+    assert rows(section(report, "Activations saved"))[0] == ["module", "attention_only", "original"]
+
+
+def test_without_a_baseline_nothing_is_compared(made_up: MakeUp, failed: MakeUp):
+    report = to_markdown(failed(failed(made_up(), "attention_only", "infer"), "mix_ffn", "train"))
+    assert (
+        "- Inference of mix_ffn takes 45.0 ms for 4 images; attention_only failed, so there is "
+        "nothing to compare it with." in section(report, "")
+    )
+    header, _, *body = rows(section(report, "Figures"))
+    assert dict(zip(header, body[2], strict=True))["vs baseline (99% interval)"] == "-"
+    assert "Every arm runs the operators" in section(report, "Operators that differ")
+    nowhere = failed(made_up(modes=("infer",)), "attention_only", "infer")
+    expected = "attention_only failed, so there is nothing to compare operators with."
+    assert changes_table(nowhere) == expected
+
+
+def test_report_has_the_memory_of_every_phase(report: str):
+    header, _, *body = rows(section(report, "Memory"))
+    found = dict(zip(header, body[5], strict=True))
+    assert "reserved" not in found, "nobody told it"
+    assert found["held"] == "75.0"
+    assert (found["forward"], found["backward"], found["optimizer"]) == ("210.0", "225.0", "30.0")
+    assert found["peak"] == "300.0"
+
+
+def test_report_has_the_reserved_memory_of_a_gpu(made_up: MakeUp):
+    made = made_up(modes=("infer",))
+    for arm in made.arms:
+        memory = dataclasses.replace(arm.modes["infer"].memory, reserved=64 * MIB)
+        arm.modes["infer"] = dataclasses.replace(arm.modes["infer"], memory=memory)
+    header, _, *body = rows(section(to_markdown(made), "Memory"))
+    assert dict(zip(header, body[0], strict=True))["reserved"] == "64.0"
 
 
 def test_report_has_the_share_of_every_category(report: str):
     header, _, *body = rows(section(report, "Where the time goes"))
-    assert [row[0] for row in body] == [category.value for category in Category]
-    assert header[1:] == [
-        f"{mode}: {name}" for mode in MODES for name in ("attention_only", "original", "mix_ffn")
+    assert header[1:] == [f"{mode}: {name}" for mode in MODES for name in ARMS]
+    shares = {row[0]: row[1:] for row in body}
+    assert len(shares) == 7
+    assert shares["attention"] == ["40.0%"] * 6
+    assert shares["depthwise convolution"] == ["10.0%"] * 6
+
+
+def test_report_adds_up_what_was_inserted(report: str):
+    header, _, *body = rows(section(report, "What was inserted"))
+    assert len(body) == 1, "the baseline has nothing of it"
+    assert dict(zip(header, body[0], strict=True)) == {
+        "arm": "mix_ffn",
+        "module": "blocks.\\*.mlp.act",
+        "modules": "12",
+        "params": "60,000",
+        "MMACs": "24.00",
+        "traffic MiB": "96.00",
+        "infer: forward ms": "4.50",
+        "infer: share": "10.0%",
+        "train: forward ms": "5.40",
+        "train: backward ms": "10.80",
+        "train: share": "10.0%",
+        "train: saved MiB": "36.0",
+    }
+
+
+def test_report_adds_up_what_is_saved(report: str):
+    header, _, *body = rows(section(report, "Activations saved"))
+    assert header == ["module", *ARMS]
+    assert body == [
+        ["blocks.\\*.attn", "72.0", "72.0", "72.0"],
+        ["blocks.\\*.mlp.act.conv", "0.0", "0.0", "36.0"],
+        ["all", "72.0", "72.0", "108.0"],
     ]
-    assert body[0][1:] == ["40.0%"] * 6
-    assert body[1][1:] == ["10.0%"] * 6
+
+
+def test_modules_that_save_little_share_a_row(made_up: MakeUp):
+    made = made_up()
+    measured = made.arms[0].modes["train"]
+    saved = {f"part{i}": (i + 1) * MIB for i in range(8)}
+    memory = dataclasses.replace(measured.memory, saved=saved)
+    made.arms[0].modes["train"] = dataclasses.replace(measured, memory=memory)
+    one = dataclasses.replace(made, arms=made.arms[:1])
+    _, _, *body = rows(section(to_markdown(one), "Activations saved"))
+    assert [row[0] for row in body[:6]] == [f"part{i}" for i in range(7, 1, -1)]
+    assert body[6:] == [["2 others", "3.0"], ["all", "36.0"]]
+
+
+def test_report_says_which_convolutions_remain(report: str):
+    assert rows(section(report, "Convolutions"))[2:] == [
+        ["patch_embed.proj", "1", "1", "1"],
+        ["blocks.\\*.mlp.act.conv", "0", "0", "12"],
+    ]
 
 
 def test_report_says_how_to_repeat_it(report: str):
@@ -210,24 +253,24 @@ def test_report_says_how_to_repeat_it(report: str):
         "- command: tokenconv compare pvt_v2_b0 --block mix_ffn",
         "- weights: random",
         "- allocator: glibc, keeps freed memory",
-        "- images: 4 of 3x64x96, float32",
+        "- images: 4 of 3x64x96, float32, channels_last",
         "- device: cpu (made up), 2 threads",
+        "- compiled: no arm",
         "- rounds: 20 infer, 20 train",
         "- load: 0.2 before, 2.0 after",
         "- governor: performance",
+        "- roof: 180 GFLOP/s in a matrix product, 21.0 GB/s in a copy",
         "- versions: python 3.11.7, torch 2.15.0",
         "- date: 2026-01-02T03:04:05+00:00",
     ):
         assert line in environment
 
 
-def test_report_says_what_compiling_does_to_the_shares(report: str):
-    compiled = to_markdown(dataclasses.replace(made_up(), compiled=True), ABOUT)
-    assert "- compiled: yes" in compiled
-    assert "- compiled: no" in report
-    note = "Compiled kernels do the work of several operators; they count as other."
-    assert note in section(compiled, "Where the time goes")
-    assert note not in report
+def test_report_says_which_arms_are_compiled(made_up: MakeUp):
+    report = to_markdown(changed(made_up(), "mix_ffn", compiled=True))
+    assert "- compiled: mix_ffn" in section(report, "How to repeat it")
+    header, _, *body = rows(section(report, "Figures"))
+    assert [row[header.index("compiled")] for row in body] == ["no", "no", "yes"] * 2
 
 
 def test_report_shows_a_figure_that_is_there(folder: Path, report: str):
@@ -235,7 +278,62 @@ def test_report_shows_a_figure_that_is_there(folder: Path, report: str):
     assert (folder / picture).is_file()
 
 
-# --- compare.png ---
+def test_a_bar_in_a_name_does_not_end_a_cell(made_up: MakeUp):
+    report = to_markdown(changed(made_up(), "mix_ffn", name="a|b"))
+    assert "| infer | a\\|b |" in report
+
+
+# --- report.md of a sweep ---
+
+
+def test_sweep_begins_with_the_range_of_every_ratio(sweep_report: str):
+    found = section(sweep_report, "")
+    assert "img-size 160, 224, 384; batch-size 1, 4, 8" in found
+    assert (
+        "- Inference of mix_ffn takes 1.15x (img-size=384,batch-size=4) to 1.50x "
+        "(img-size=160,batch-size=1) the time of the baseline, 1.33x in the median of 8 points "
+        "(slower at 8), and 1.07x to 1.22x its memory." in found
+    )
+    assert "> Failed: img-size=384,batch-size=8 failed: no memory left" in found
+    assert found.count("> Warning") == 1, "the same warning at eight points"
+
+
+def test_sweep_has_a_row_per_point_mode_and_arm(sweep_report: str):
+    header, _, *body = rows(section(sweep_report, "Points"))
+    assert len(body) == 8 * 2 * 3 + 1
+    first = dict(zip(header, body[2], strict=True))
+    assert (first["img-size"], first["batch-size"], first["arm"]) == ("160", "1", "mix_ffn")
+    assert first["vs baseline"] == "1.500x"
+    assert first["report"] == "[open](points/img-size%3D160%2Cbatch-size%3D1/report.html)"
+    last = dict(zip(header, body[-1], strict=True))
+    assert (last["img-size"], last["batch-size"], last["verdict"]) == ("384", "8", "failed")
+
+
+def test_a_sweep_of_which_nothing_is_left_says_so(tmp_path: Path):
+    points = [Point({"batch-size": size}, None, "no memory left") for size in ("1", "2")]
+    write_sweep(points, tmp_path, {})
+    assert "batch-size=2 failed: no memory left" in (tmp_path / "report.md").read_text("utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.md", "report.html", "sweep.png", "sweep.svg"
+    }  # fmt: skip
+
+
+# --- charts ---
+
+
+def draw(chart: Chart) -> Figure:
+    figure = Figure(figsize=(4.6, chart.height / 72), dpi=72)
+    chart.draw(figure.add_axes((0, 0, 1, 1)))
+    figure.draw_without_rendering()
+    return figure
+
+
+def chart(charts: list[Chart], name: str) -> Chart:
+    return {chart.name: chart for chart in charts}[name]
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -255,8 +353,8 @@ def test_figure_is_a_picture_of_sensible_size(folder: Path):
     assert 300 <= height <= 3000
 
 
-def test_figure_grows_with_modes_and_arms(tmp_path: Path, folder: Path):
-    """One arm in one mode is the smallest; matplotlib would warn if nothing fitted."""
+def test_figure_grows_with_modes_and_arms(tmp_path: Path, made_up: MakeUp, folder: Path):
+    """One arm in one mode is the smallest."""
     single = made_up(modes=("infer",))
     single = dataclasses.replace(single, arms=single.arms[:1])
     many = made_up()
@@ -264,33 +362,145 @@ def test_figure_grows_with_modes_and_arms(tmp_path: Path, folder: Path):
     many = dataclasses.replace(many, arms=(*many.arms, *named))
     heights = []
     for name, comparison in (("single", single), ("many", many)):
-        (tmp_path / name).mkdir()
-        write_report(comparison, tmp_path / name, about=ABOUT)
-        heights.append(picture_size(tmp_path / name / "compare.png")[1])
+        rows = [comparison_charts(comparison, mode) for mode in comparison.modes]
+        write_figures(rows, "some", tmp_path / name)
+        heights.append(picture_size(tmp_path / f"{name}.png")[1])
     assert heights[0] < picture_size(folder / "compare.png")[1] < heights[1]
 
 
-def test_whiskers_and_labels_stay_inside_however_wide_the_spread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+def test_pictures_are_the_same_every_time(folder: Path, tmp_path: Path, made_up: MakeUp):
+    write_report(made_up(), tmp_path)
+    for path in folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_whiskers_stay_inside_however_wide_the_spread(made_up: MakeUp):
     comparison = made_up()
-    for each in comparison.arms:
-        for measured in each.modes.values():
+    for arm in comparison.arms:
+        for mode, measured in arm.modes.items():
             ms = measured.latency_ms.median
-            object.__setattr__(measured, "latency_ms", Spread(ms, 2 * ms, 0.5 * ms, 2.5 * ms))
-    write_figure(comparison, "noisy", tmp_path / "compare.png")
-    (figure,) = drawn
-    figure.draw_without_rendering()
-    latency = figure.axes[0]
-    inside = latency.get_window_extent()
-    assert latency.get_xlim()[1] > max(a.modes["infer"].latency_ms.q75 for a in comparison.arms)
-    labels = [text for text in latency.texts if text.get_text()]
-    assert len(labels) == len(comparison.arms)
-    for label in labels:
-        assert label.get_visible()
-        assert label.get_window_extent().x0 < inside.x1
+            wide = Spread(ms, 2 * ms, 0.5 * ms, 2.5 * ms)
+            arm.modes[mode] = dataclasses.replace(measured, latency_ms=wide)
+    figure = draw(chart(comparison_charts(comparison, "infer"), "infer-latency"))
+    assert figure.axes[0].get_xlim()[1] > 2.5 * 45
+
+
+@pytest.mark.parametrize("name", ["infer-latency", "infer-memory", "train-memory", "train-phases"])
+def test_text_stays_inside_and_apart(made_up: MakeUp, name: str):
+    """Also that of an arm with a long name."""
+    comparison = changed(made_up(), "mix_ffn", name="a_block_with_a_name_of_many_words")
+    mode = name.partition("-")[0]
+    figure = draw(chart(comparison_charts(comparison, mode), name))
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 - 1 <= box.x0
+        assert box.x1 <= figure.bbox.x1 + 1
+        for other in boxes[:i]:
+            assert not box.padded(-1).overlaps(other.padded(-1))
+
+
+def test_latency_is_labelled_with_ratio_and_interval(made_up: MakeUp):
+    labels = texts(draw(chart(comparison_charts(made_up(), "train"), "train-latency")))
+    assert labels == [
+        "attention_only", "80.0 ms, baseline",
+        "original", "115.2 ms, 1.44x (1.37-1.51)",
+        "mix_ffn", "180.0 ms, 2.25x (2.14-2.36)",
+    ]  # fmt: skip
+
+
+def test_a_bar_of_memory_is_as_long_as_the_peak(made_up: MakeUp):
+    axes = draw(chart(comparison_charts(made_up(), "train"), "train-memory")).axes[0]
+    ends = [patch.get_x() + patch.get_width() for patch in axes.patches]  # type: ignore[attr-defined]
+    assert max(ends) == pytest.approx(300)
+    assert len(ends) == 3 * (5 + 3), "parts and phases of three arms"
+
+
+def test_an_arm_that_failed_keeps_its_place_in_charts(made_up: MakeUp, failed: MakeUp):
+    comparison = failed(made_up(), "original", "train")
+    for made in comparison_charts(comparison, "train"):
+        assert texts(draw(made)).count("failed") == 1, made.name
+        assert "original: failed" in made.words
+
+
+def test_charts_of_a_mode_in_which_all_failed(made_up: MakeUp, failed: MakeUp):
+    comparison = made_up(modes=("infer",))
+    for name in ARMS:
+        comparison = failed(comparison, name, "infer")
+    charts = comparison_charts(comparison, "infer")
+    assert [made.name for made in charts] == ["infer-latency", "infer-memory", "infer-shares"]
+    assert texts(draw(charts[0])).count("failed") == 3
+
+
+def test_roofline_reads_weights_once_for_a_batch(made_up: MakeUp):
+    comparison = made_up()
+    (first, *others) = roofline_points(comparison, comparison.arms[2], "infer")
+    assert len(others) == 11
+    assert first.flops_per_s == pytest.approx(2 * 2_000_000 * 4 / 1e-3)
+    weight = 5000 * 4
+    assert first.intensity == pytest.approx(2 * 2_000_000 * 4 / (4 * (8 * MIB - weight) + weight))
+    assert roofline_points(comparison, comparison.arms[0], "infer") == []
+
+
+def test_roofline_is_drawn_once_and_only_with_points(made_up: MakeUp):
+    def names(comparison: Comparison) -> list[str]:
+        return [
+            made.name for mode in comparison.modes for made in comparison_charts(comparison, mode)
+        ]
+
+    assert [name for name in names(made_up()) if "roofline" in name] == ["infer-roofline"]
+    assert "train-roofline" in names(made_up(modes=("train",)))
+    without = dataclasses.replace(made_up(), arms=made_up().arms[:2])
+    assert not [name for name in names(without) if "roofline" in name]
+
+
+def test_sweep_has_a_line_per_arm_and_other_setting(sweep: list[Point]):
+    latency = chart(sweep_charts(sweep, "infer"), "infer-img-size-latency")
+    assert "mix_ffn, batch-size=1: 1.50x at img-size 160, 1.35x" in latency.words
+    assert "batch-size=8: 1.40x at img-size 160, 1.25x at img-size 224" in latency.words
+    assert "attention_only" not in latency.words
+    axes = draw(latency).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["160", "224", "384"]
+    assert len(axes.lines) == 1 + 2 * 3, "the baseline, and two arms in three batch sizes"
+
+
+def test_sweep_of_many_settings_shows_the_median(sweep: list[Point]):
+    many = [
+        dataclasses.replace(point, settings={**point.settings, "seed": str(seed)})
+        for point in sweep
+        for seed in range(2)
+    ]
+    latency = chart(sweep_charts(many, "infer"), "infer-img-size-latency")
+    assert latency.words.startswith("original: ")
+    assert "; mix_ffn: 1.45x at img-size 160" in latency.words
+    assert "median over all other settings" in latency.note
+
+
+def test_sweep_over_names_is_drawn_in_groups(sweep: list[Point]):
+    named = [
+        dataclasses.replace(point, settings={"block": name})
+        for point, name in zip(sweep, ("mix_ffn", "peg"), strict=False)
+    ]
+    axes = draw(chart(sweep_charts(named, "infer"), "infer-block-latency")).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mix_ffn", "peg"]
+    assert {line.get_linestyle() for line in axes.lines[1:]} == {"None"}
+
+
+def luminance(color: str) -> float:
+    parts = colors.to_rgb(color)
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_colors_can_be_told_from_both_backgrounds(color: str):
+    assert contrast(color, "#ffffff") >= 3
+    assert contrast(color, "#15181c") >= 3
+    assert contrast(color, "#000000") >= 4.5, "the text on it"
 
 
 # --- the folder ---

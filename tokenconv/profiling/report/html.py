@@ -38,6 +38,7 @@ def to_html(comparison: Comparison) -> str:
         saved=tables.saved_activations(comparison, most=_MOST_SAVED),
         changes=tables.changes(comparison, _MOST_CHANGES),
         all_changes=tables.changes(comparison),
+        no_changes=tables.no_changes(comparison),
         convolutions=tables.convolutions(comparison),
         facts=environment(comparison),
     )

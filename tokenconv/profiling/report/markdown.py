@@ -10,21 +10,20 @@ from tokenconv.profiling.report.table import Cell, Table
 from tokenconv.profiling.results import Comparison, Point
 
 _MOST_CHANGES = _MOST_SAVED = 6
-_NO_CHANGES = "Every arm runs the operators of the baseline, as often as it does."
 
 
 def to_markdown(comparison: Comparison) -> str:
     """The whole report of a comparison as Markdown."""
     about = comparison.about
     sections = {
-        "Figures": _table(tables.figures(comparison))
+        "Figures": _section(tables.figures(comparison))
         + "\n\n![latency, memory, time and roofline](compare.png)",
-        "Memory": _table(tables.memory(comparison)),
-        "Where the time goes": _table(tables.time_shares(comparison)),
-        "What was inserted": _table(tables.sites(comparison, aggregated=True)),
-        "Activations saved": _table(tables.saved_activations(comparison, most=_MOST_SAVED)),
+        "Memory": _section(tables.memory(comparison)),
+        "Where the time goes": _section(tables.time_shares(comparison)),
+        "What was inserted": _section(tables.sites(comparison, aggregated=True)),
+        "Activations saved": _section(tables.saved_activations(comparison, most=_MOST_SAVED)),
         "Operators that differ": changes_table(comparison, most=_MOST_CHANGES),
-        "Convolutions": _table(tables.convolutions(comparison)),
+        "Convolutions": _section(tables.convolutions(comparison)),
         "How to repeat it": _facts(environment(comparison)),
         "What the words mean": _facts(GLOSSARY),
     }
@@ -52,7 +51,7 @@ def sweep_to_markdown(points: Sequence[Point], about: Mapping[str, str]) -> str:
         findings.sweep_findings(points),
         {"Failed": findings.sweep_failures(points), "Warning": findings.sweep_warnings(points)},
         {
-            "Points": _table(points_table(points)) + "\n\n![curves](sweep.png)",
+            "Points": _section(points_table(points)) + "\n\n![curves](sweep.png)",
             "How to repeat it": _facts(facts),
             "What the words mean": _facts(GLOSSARY),
         },
@@ -66,7 +65,7 @@ def changes_table(comparison: Comparison, *, most: int | None = None) -> str:
         comparison: What was measured.
         most: Rows per arm and mode; None takes all.
     """
-    return _table(tables.changes(comparison, most)) or _NO_CHANGES
+    return _table(tables.changes(comparison, most)) or tables.no_changes(comparison)
 
 
 def _page(
@@ -80,6 +79,12 @@ def _page(
     parts += ["\n".join(f"> {kind}: {line}" for line in lines) for kind, lines in notes.items()]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(table: Table) -> str:
+    """A table with its caption; empty where there are no rows."""
+    (caption,) = _escaped([table.caption])
+    return f"{caption}\n\n{_table(table)}" if table.rows else ""
 
 
 def _table(table: Table) -> str:

@@ -54,6 +54,7 @@ def _sorted_by(measured: Measured | None) -> Iterable[float | None]:
 def memory(comparison: Comparison) -> Table:
     """What is held between steps, and what every phase takes on top of it."""
     rows = []
+    reserves = any(one.memory.reserved is not None for _, _, one in measurements(comparison))
     for mode, arm, measured in measurements(comparison):
         own = measured.memory
         parts = (
@@ -63,11 +64,11 @@ def memory(comparison: Comparison) -> Table:
         rows.append([
             *words(mode, arm.name),
             *(number(part / MIB) for part in parts),
-            number(own.reserved and own.reserved / MIB),
+            *([number(own.reserved and own.reserved / MIB)] if reserves else []),
         ])  # fmt: skip
     header = (
         "mode", "arm", "parameters", "buffers", "images", "optimizer state", "held", "forward",
-        "backward", "optimizer", "gradients", "peak", "reserved",
+        "backward", "optimizer", "gradients", "peak", *(["reserved"] if reserves else []),
     )  # fmt: skip
     caption = (
         "Memory in MiB: what is held between steps, the most that each phase takes on top of it, "
@@ -239,6 +240,13 @@ def changes(comparison: Comparison, most: int | None = None) -> Table:
         "own ms after",
     )  # fmt: skip
     return Table("Operators that differ from the baseline's, in one step", header, rows, keys=3)
+
+
+def no_changes(comparison: Comparison) -> str:
+    """What to say where no operator differs."""
+    if not comparison.arm(comparison.baseline).modes:
+        return f"{comparison.baseline} failed, so there is nothing to compare operators with."
+    return f"Every arm runs the operators of {comparison.baseline}, as often as it does."
 
 
 def convolutions(comparison: Comparison) -> Table:

@@ -88,7 +88,7 @@ def _chart(places: Sequence[_Place], mode: Mode, key: str, what: str) -> Chart:
     def draw(ax: Axes) -> None:
         ax.axhline(1, ls=(0, (1, 2)), lw=1, color=INK)
         legend = []
-        for i, (line, own) in enumerate(lines.items()):
+        for i, own in enumerate(lines.values()):
             shift = 0 if is_numeric else (i + 0.5) / len(lines) / 2 - 0.25
             x = [settings.index(place.setting) + shift for place in own]
             lows, highs = [place.low for place in own], [place.high for place in own]
