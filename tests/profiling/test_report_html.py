@@ -148,10 +148,10 @@ def test_page_says_all_that_the_markdown_says(made_up: MakeUp):
 
 def test_what_failed_is_told(made_up: MakeUp, failed: MakeUp, sweep: list[Point]):
     text = Page(to_html(failed(made_up(), "mix_ffn", "train"))).text
-    assert "Failed: A training step of mix_ffn failed: no memory left" in text
+    assert "Failed: A training step of mix_ffn: no memory left" in text
     assert "train mix_ffn 8.100 M 0.044 G - - failed" in text
     text = Page(sweep_to_html(sweep, {})).text
-    assert "Failed: img-size=384,batch-size=8 failed: no memory left" in text
+    assert "Failed: img-size=384,batch-size=8: no memory left" in text
     assert "384 8 - - - - - failed" in text
 
 

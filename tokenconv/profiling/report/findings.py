@@ -43,7 +43,7 @@ def findings(comparison: Comparison) -> list[str]:
 def failures(comparison: Comparison) -> list[str]:
     """What could not be measured, and why."""
     return [
-        f"{MODE_NAMES[mode]} of {arm.name} failed: {reason}"
+        f"{MODE_NAMES[mode]} of {arm.name}: {reason}"
         for arm in comparison.arms
         for mode, reason in arm.failures.items()
     ]
@@ -146,7 +146,7 @@ def _range(measured: Sequence[tuple[Point, Measured]]) -> str:
 
 def sweep_failures(points: Sequence[Point]) -> list[str]:
     """Points, and arms at points, that could not be measured."""
-    lines = [f"{p.name} failed: {p.failure}" for p in points if p.comparison is None]
+    lines = [f"{p.name}: {p.failure}" for p in points if p.comparison is None]
     for point, comparison in measured_points(points):
         lines += [f"At {point.name}: {line}" for line in failures(comparison)]
     return lines

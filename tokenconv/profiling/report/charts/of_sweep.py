@@ -15,7 +15,7 @@ from tokenconv.profiling.report.findings import measured_points
 from tokenconv.profiling.report.sweep import setting_value
 from tokenconv.profiling.results import Measured, Point
 
-_STYLES = ("-", "--", "-.", ":")
+_STYLES = ("-", "--", "-.")
 _MOST_LINES = 8
 
 
@@ -121,7 +121,7 @@ def _note(what: str, *, is_merged: bool) -> str:
     spread = " Bands or bars are 99% intervals." if what == "latency" else ""
     if is_merged:
         spread = " The median over all other settings; bands or bars are their range."
-    return f"Dotted: as much as the baseline.{spread}"
+    return f"Thin dots: as much as the baseline.{spread}"
 
 
 def _merged(places: Sequence[_Place]) -> list[_Place]:
