@@ -98,12 +98,15 @@ def time_arms(
     Returns:
         Spreads of ``latency_ms`` per arm, and of ``ratio_to_<over>`` per other arm.
     """
-    samples = time_interleaved(
+    timing = time_interleaved(
         arms,  # pyright: ignore[reportArgumentType]  # asks for Step, and only calls it
         rounds=Rounds.exactly(args.repeats, baseline=over, warmup=args.warmup),
         device=torch.device(args.device),
         tick=bar.update,
     )
+    if timing.failures:
+        sys.exit(f"error: {timing.failures}")
+    samples = timing.samples_ms
     return {
         "latency_ms": {name: asdict(Spread.of(own)) for name, own in samples.items()},
         f"ratio_to_{over}": {

@@ -1,50 +1,56 @@
 """Whether a comparison is worse than an earlier one."""
 
-import copy
-import json
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling import Rule, changes, read_comparison
-from tokenconv.profiling.comparison import SCHEMA_VERSION
+from tokenconv.profiling import Comparison, Rule, changes
 
 
-def made_up(low=1.1, median=1.2, high=1.3, memory=1.5, **facts):
-    """What ``compare.json`` holds, as far as the gate reads it."""
+@pytest.fixture
+def make(made_up: Callable[..., Comparison]) -> Callable[..., Comparison]:
+    """Makes a comparison of two arms in one mode, with these figures of the second."""
 
-    def arm(name, *figures):
-        keys = ("low", "median", "high")
-        latency = dict(zip(keys, figures, strict=True))
-        ratios = {"latency": latency, "peak_memory": memory if name == "mix_ffn" else 1.0}
-        return {"name": name, "modes": {"infer": {}}, "ratios": {"infer": ratios}}
+    def made(
+        low: float = 1.1, median: float = 1.2, high: float = 1.3, memory: float = 1.5, **facts: Any
+    ) -> Comparison:
+        whole = made_up(("infer",))
+        plain, _, mix_ffn = whole.arms
+        measured = mix_ffn.modes["infer"]
+        assert measured.ratio is not None
+        ratio = dataclasses.replace(measured.ratio, low=low, median=median, high=high)
+        figures = dataclasses.replace(measured, ratio=ratio, memory_ratio=memory)
+        arms = (plain, dataclasses.replace(mix_ffn, modes={"infer": figures}))
+        return dataclasses.replace(whole, **{"arms": arms, **facts})
 
-    return {
-        "schema_version": SCHEMA_VERSION, "model": "vit", "baseline": "plain", "batch_size": 4,
-        "input_size": [3, 64, 64], "dtype": "float32", "compiled": False,
-        "arms": [arm("plain", 1.0, 1.0, 1.0), arm("mix_ffn", low, median, high)], **facts,
-    }  # fmt: skip
+    return made
+
+
+Make = Callable[..., Comparison]
 
 
 @pytest.mark.parametrize(
     ("text", "metric", "limit"),
     [("ratio>1.05", "ratio", 1.05), (" memory > 2 ", "memory", 2.0), ("ratio>0.9", "ratio", 0.9)],
 )
-def test_rules_are_read(text, metric, limit):
+def test_rules_are_read(text: str, metric: str, limit: float):
     rule = Rule.parse(text)
     assert (rule.metric, rule.limit) == (metric, limit)
     assert Rule.parse(str(rule)) == rule
 
 
 @pytest.mark.parametrize("text", ["", "ratio", "ratio<1", "speed>1", "ratio>-1", "ratio>0"])
-def test_other_rules_are_refused(text):
+def test_other_rules_are_refused(text: str):
     with pytest.raises(ValueError, match=r"expected 'ratio>1\.05' or 'memory>1\.1', got"):
         Rule.parse(text)
 
 
-def test_a_regression_is_what_both_intervals_show():
+def test_a_regression_is_what_both_intervals_show(make: Make):
     """Then 1.1 to 1.3. Now 1.5 to 1.7 is at least 1.5 / 1.3 = 1.154 times that."""
-    (change,) = changes(made_up(1.5, 1.6, 1.7), made_up(), Rule.parse("ratio>1.15"))
+    (change,) = changes(make(1.5, 1.6, 1.7), make(), Rule.parse("ratio>1.15"))
     assert (change.arm, change.mode) == ("mix_ffn", "infer")
     assert change.factor == pytest.approx(1.6 / 1.2)
     assert (change.low, change.high) == pytest.approx((1.5 / 1.3, 1.7 / 1.1))
@@ -52,50 +58,51 @@ def test_a_regression_is_what_both_intervals_show():
     assert str(change) == (
         "infer of mix_ffn: ratio 1.333 times that of before (1.154-1.545): REGRESSION"
     )
-    (change,) = changes(made_up(1.5, 1.6, 1.7), made_up(), Rule.parse("ratio>1.16"))
+    (change,) = changes(make(1.5, 1.6, 1.7), make(), Rule.parse("ratio>1.16"))
     assert not change.regressed
     assert str(change).endswith("no regression shown")
 
 
-def test_memory_has_no_interval():
-    (change,) = changes(made_up(memory=1.7), made_up(), Rule.parse("memory>1.1"))
+def test_memory_has_no_interval(make: Make):
+    (change,) = changes(make(memory=1.7), make(), Rule.parse("memory>1.1"))
     assert change.regressed
     assert change.low == change.high == change.factor == pytest.approx(1.7 / 1.5)
-    assert not changes(made_up(memory=1.6), made_up(), Rule.parse("memory>1.1"))[0].regressed
+    assert not changes(make(memory=1.6), make(), Rule.parse("memory>1.1"))[0].regressed
 
 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"model": "pvt"}, "model is 'pvt', was 'vit'"),
+        ({"about": {"model": "vit"}}, "model is 'vit', was 'pvt_v2_b0'"),
         ({"batch_size": 8}, "batch_size is 8, was 4"),
-        ({"compiled": True}, "compiled is True, was False"),
-        ({"arms": []}, r"was measured before and is not now: .*mix_ffn"),
+        ({"memory_format": "contiguous"}, "memory_format is 'contiguous', was 'channels_last'"),
+        ({"arms": ()}, r"was measured before and is not now: .*mix_ffn"),
     ],
 )
-def test_what_was_not_measured_alike_is_refused(facts, message):
+def test_what_was_not_measured_alike_is_refused(make: Make, facts: dict[str, Any], message: str):
     with pytest.raises(MeasurementError, match=message):
-        changes(made_up(**facts), made_up(), Rule.parse("ratio>1.05"))
+        changes(make(**facts), make(), Rule.parse("ratio>1.05"))
 
 
-def test_new_arms_are_no_matter():
-    now = made_up()
-    more = copy.deepcopy(now["arms"][1])
-    now["arms"].append({**more, "name": "peg"})
-    assert [c.arm for c in changes(now, made_up(), Rule.parse("ratio>1"))] == ["mix_ffn"]
+def test_compiled_is_not_like_eager(make: Make):
+    now = make()
+    compiled = tuple(dataclasses.replace(arm, compiled=True) for arm in now.arms)
+    with pytest.raises(MeasurementError, match=r"compiled is \['attention_only', 'mix_ffn'\], was"):
+        changes(dataclasses.replace(now, arms=compiled), make(), Rule.parse("ratio>1.05"))
 
 
-def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "compare.json"
-    with pytest.raises(MeasurementError, match=r"cannot read a comparison from .*compare\.json"):
-        read_comparison(path)
-    for text, message in (
-        ("{", "cannot read a comparison"),
-        ("[]", "schema_version None"),
-        ('{"schema_version": 1}', f"schema_version 1, expected {SCHEMA_VERSION}: measure it again"),
-    ):
-        path.write_text(text)
-        with pytest.raises(MeasurementError, match=message):
-            read_comparison(path)
-    path.write_text(json.dumps(made_up()))
-    assert read_comparison(path) == made_up()
+def test_new_arms_are_no_matter(make: Make):
+    now = make()
+    more = dataclasses.replace(now.arms[1], name="peg")
+    now = dataclasses.replace(now, arms=(*now.arms, more))
+    assert [c.arm for c in changes(now, make(), Rule.parse("ratio>1"))] == ["mix_ffn"]
+
+
+def test_an_arm_that_fails_now_is_missed(make: Make, failed: Callable[..., Comparison]):
+    then = make()
+    for name in ("mix_ffn", "attention_only"):
+        with pytest.raises(
+            MeasurementError, match=r"was measured before and is not now: .*mix_ffn"
+        ):
+            changes(failed(make(), name, "infer"), then, Rule.parse("ratio>1.05"))
+    assert changes(then, failed(make(), "mix_ffn", "infer"), Rule.parse("ratio>1.05")) == []

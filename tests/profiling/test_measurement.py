@@ -57,7 +57,7 @@ def time_three(clock: Clock, *, repeats: int, warmup: int, tick: Callable[[], ob
         "c": clock.step("c", lambda round_number: 1000),
     }
     rounds = Rounds.exactly(repeats, baseline="a", warmup=warmup)
-    return time_interleaved(steps, rounds=rounds, device=CPU, tick=tick)
+    return time_interleaved(steps, rounds=rounds, device=CPU, tick=tick).samples_ms
 
 
 def test_a_round_has_every_arm_once_and_its_order_changes(clock: Clock):
@@ -88,6 +88,50 @@ def test_every_single_step_ticks(clock: Clock):
     assert ticks == list(range(1, 3 * (4 + 2) + 1))
 
 
+def test_overhead_is_what_the_rounds_spend_beside_the_steps(clock: Clock):
+    def tick() -> None:
+        clock.now += 0.5
+
+    steps = {"a": clock.step("a", lambda i: 8.0), "b": clock.step("b", lambda i: 12.0)}
+    rounds = Rounds.exactly(4, baseline="a", warmup=1)
+    found = time_interleaved(steps, rounds=rounds, device=CPU, tick=tick)
+    assert found.overhead == pytest.approx(0.5 * 2 / 20)
+
+
+@pytest.mark.parametrize("when", [0, 2, 4], ids=["warm-up", "round", "last round"])
+@pytest.mark.parametrize("who", ["base", "other"])
+def test_a_step_that_fails_is_left_out_from_then_on(clock: Clock, when: int, who: str):
+    def fail_then(i: int) -> float:
+        if i == when:
+            raise torch.OutOfMemoryError("8 EiB\nasked for")
+        return 1.0
+
+    names = ("base", "other", "third")
+    steps = {n: clock.step(n, fail_then if n == who else lambda i: 2.0) for n in names}
+    rounds = Rounds.exactly(4, baseline="base", warmup=1)
+    found = time_interleaved(steps, rounds=rounds, device=CPU)
+    assert found.failures == {who: "out of memory: 8 EiB asked for"}
+    assert found.samples_ms == {n: pytest.approx([2e3] * 4) for n in names if n != who}
+    assert clock.calls.count(who) == when
+
+
+def test_no_step_is_left(clock: Clock):
+    def fail() -> None:
+        raise ValueError("no")
+
+    rounds = Rounds(baseline="a")
+    found = time_interleaved({"a": fail, "b": fail}, rounds=rounds, device=CPU)
+    assert (found.samples_ms, found.failures) == ({}, {"a": "no", "b": "no"})
+
+
+def test_an_error_of_another_kind_is_not_swallowed(clock: Clock):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        time_interleaved({"a": stop}, rounds=Rounds(baseline="a"), device=CPU)
+
+
 # --- as many rounds as it takes ---
 
 
@@ -111,7 +155,7 @@ def verdict(clock: Clock, seed: int, factor: float) -> tuple[str, int]:
     noisy = Noisy(clock, seed)
     steps = {"base": noisy.step(0.1), "other": noisy.step(0.1 * factor)}
     rounds = Rounds(baseline="base")
-    samples = time_interleaved(steps, rounds=rounds, device=CPU, tick=lambda: None)
+    samples = time_interleaved(steps, rounds=rounds, device=CPU).samples_ms
     return paired(samples["other"], samples["base"]).verdict, len(samples["base"])
 
 
@@ -126,32 +170,45 @@ def test_rounds_end_when_the_interval_is_narrow_or_the_time_is_over(clock: Clock
         "base": clock.step("base", lambda i: 0.01),
         "other": clock.step("other", lambda i: 0.02),
     }
-    samples = time_interleaved(
-        steady, rounds=Rounds(baseline="base"), device=CPU, tick=lambda: None
-    )
+    samples = time_interleaved(steady, rounds=Rounds(baseline="base"), device=CPU).samples_ms
     assert len(samples["base"]) == 20
     for budget, least in ((4.0, 20), (30.0, 20)):
         noisy = Noisy(clock, 0)
         steps = {"base": noisy.step(0.1), "other": noisy.step(0.1)}
         rounds = Rounds(baseline="base", precision=1e-4, budget_s=budget, least=least, most=120)
         start = clock.now
-        count = len(time_interleaved(steps, rounds=rounds, device=CPU, tick=lambda: None)["base"])
+        count = len(time_interleaved(steps, rounds=rounds, device=CPU).samples_ms["base"])
         assert 20 <= count <= 120
         assert (count == 120) is (budget == 30.0)
         assert budget == 30.0 or clock.now - start < 2 * budget
+
+
+def test_without_a_baseline_there_is_nothing_to_know_better():
+    rounds = Rounds(baseline="base")
+    assert not rounds.are_enough({"other": [1.0] * 19}, 1.0)
+    assert rounds.are_enough({"other": [1.0, 9.0] * 10}, 1.0)
+
+
+def test_the_interval_is_looked_at_ever_more_rarely():
+    rounds = Rounds(baseline="base")
+    steady = {"base": [1.0] * 500, "other": [2.0] * 500}
+    looked = [
+        count
+        for count in range(1, 500)
+        if rounds.are_enough({name: own[:count] for name, own in steady.items()}, 0.0)
+    ]
+    assert looked == [20, 30, 40, 50, 60, 80, 100, 120, 160, 200, 240, 320, 400, 480]
 
 
 def test_warm_up_goes_on_while_latencies_fall(clock: Clock):
     """As while an allocator or a compiler learns: by half, round by round, ten times."""
     step = clock.step("base", lambda i: max(0.1, 100 / 2**i))
     rounds = Rounds(baseline="base")
-    samples = time_interleaved({"base": step}, rounds=rounds, device=CPU, tick=lambda: None)
+    samples = time_interleaved({"base": step}, rounds=rounds, device=CPU).samples_ms
     assert samples["base"] == pytest.approx([100] * 20)
     restless = clock.step("restless", lambda i: 1.0 + (i % 4 > 1))
     clock.calls.clear()
-    time_interleaved(
-        {"base": restless}, rounds=Rounds(baseline="base", most=20), device=CPU, tick=lambda: None
-    )
+    time_interleaved({"base": restless}, rounds=Rounds(baseline="base", most=20), device=CPU)
     assert len(clock.calls) <= 30 + 20
 
 
@@ -223,17 +280,3 @@ def test_inference_step_makes_no_gradients():
     assert seen == [False]
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_resident_bytes_count_everything_held_between_steps():
-    model, batch = small_net(), images()
-    params = sum(p.numel() for p in model.parameters())
-    tensors = len(list(model.parameters()))
-    batch_norm = 2 * 8 * 4 + 8  # running mean and variance, and a 64-bit counter
-    inferring = Step(model, batch, "infer")
-    inferring()
-    assert inferring.resident_bytes() == 4 * (params + batch.numel()) + batch_norm
-    training = Step(model, batch, "train")
-    training()
-    adamw = 4 * 2 * params + 4 * tensors  # two moments each, and a step counter per tensor
-    assert training.resident_bytes() == inferring.resident_bytes() + adamw

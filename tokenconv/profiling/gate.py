@@ -94,7 +94,7 @@ def _check_same(now: Comparison, then: Comparison) -> None:
     for key, is_now, was in (
         ("model", now.about.get("model"), then.about.get("model")),
         *((key, getattr(now, key), getattr(then, key)) for key in _SAME),
-        ("compiled", *({arm.name for arm in one.arms if arm.compiled} for one in (now, then))),
+        ("compiled", *([arm.name for arm in one.arms if arm.compiled] for one in (now, then))),
     ):
         if is_now != was:
             raise MeasurementError(
