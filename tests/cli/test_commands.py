@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from tokenconv import BLOCKS, insert_, list_blocks, plan
 from tokenconv.blocks.official import SOURCES
 from tokenconv.cli import commands, main
+from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, load_images
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling.comparison import SCHEMA_VERSION
+from tokenconv.profiling import read_comparison
+from tokenconv.profiling.results import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,10 +107,10 @@ def test_json_tells_where_and_with_what(run: Run):
     assert content["threads"] == 1
     assert content["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert content["versions"]["timm"] == timm.__version__
-    assert content["weights"] == "random"
-    assert content["allocator"] == "not touched"
-    assert shlex.split(content["command"]) == ["tokenconv", *run.words]
-    assert content["model"] == run.words[1]
+    about = content["about"]
+    assert (about["weights"], about["allocator"]) == ("random", "not touched")
+    assert shlex.split(about["command"]) == ["tokenconv", *run.words]
+    assert about["model"] == run.words[1]
 
 
 def test_arms_of_a_vit(vit: Run):
@@ -131,7 +133,6 @@ def test_every_arm_has_its_figures(run: Run):
     content = run.content
     for arm in content["arms"]:
         assert arm["macs"] == arm["macs_by_flop_counter"] > 0
-        assert list(arm["ratios"]) == ["params", "macs", *arm["modes"]]
         for mode, figures in arm["modes"].items():
             latency = figures["latency_ms"]
             assert 0 < latency["q25"] <= latency["median"] <= latency["q75"]
@@ -139,16 +140,17 @@ def test_every_arm_has_its_figures(run: Run):
             throughput = 1000 * content["batch_size"] / latency["median"]
             assert figures["images_per_s"] == pytest.approx(throughput)
             weights_mib = 4 * arm["params"] / 2**20
-            assert figures["peak_memory_mib"] > weights_mib * (1 if mode == "infer" else 3)
-            assert sum(figures["time_share"].values()) == pytest.approx(1)
+            memory = figures["memory"]
+            assert memory["parameters"] == weights_mib * 2**20
+            assert memory["forward_peak"] > 0
+            assert bool(memory["saved"]) is bool(memory["gradients"]) is (mode == "train")
+            assert sum(spent["ms"] for spent in figures["time"]) > 0
 
 
 def test_the_baseline_is_one_times_itself(run: Run):
     content = run.content
-    ratios = run.arm(content["baseline"])["ratios"]
-    assert ratios.pop("params") == ratios.pop("macs") == 1
-    for found in ratios.values():
-        assert found["latency"] == {
+    for found in run.arm(content["baseline"])["modes"].values():
+        assert found["ratio"] == {
             "median": 1,
             "iqr": 0,
             "q25": 1,
@@ -157,7 +159,7 @@ def test_the_baseline_is_one_times_itself(run: Run):
             "high": 1,
             "verdict": "no difference shown",
         }
-        assert found["peak_memory"] == 1
+        assert found["memory_ratio"] == 1
 
 
 def num_params(model: nn.Module) -> int:
@@ -191,12 +193,13 @@ def test_macs_grow_by_the_convolution(vit: Run, pvt: Run):
 
 def test_time_goes_to_a_depthwise_convolution_where_there_is_one(vit: Run, pvt: Run):
     expected = {"baseline": 0, "mix_ffn": 1, "attention_only": 0, "original": 1}
-    for arm in (*vit.content["arms"], *pvt.content["arms"]):
-        for figures in arm["modes"].values():
-            share = figures["time_share"]
-            assert (share["depthwise convolution"] > 0) == expected[arm["name"]]
-            assert share["attention"] > 0
-            assert share["MLP matmul"] > 0
+    for run in (vit, pvt):
+        for arm in read_comparison(run.folder / "compare.json").arms:
+            for figures in arm.modes.values():
+                share = figures.time_share
+                assert (share["depthwise convolution"] > 0) == expected[arm.name]
+                assert share["attention"] > 0
+                assert share["MLP matmul"] > 0
 
 
 # --- the other files, and what is printed ---
@@ -206,7 +209,7 @@ def test_report_and_figure_are_written(run: Run):
     report = (run.folder / "report.md").read_text()
     for arm in run.content["arms"]:
         assert f" {arm['name']} |" in report
-    assert f"- command: {run.content['command']}" in report
+    assert run.content["about"]["command"] in report
     assert f"- device: {run.content['device']}, 1 threads" in report
     assert run.content["versions"]["torch"] in report
     with Image.open(run.folder / "compare.png") as picture:
@@ -215,12 +218,9 @@ def test_report_and_figure_are_written(run: Run):
 
 
 def test_traces_are_kept_only_when_asked_for(vit: Run, pvt: Run):
-    assert {path.name for path in pvt.folder.iterdir()} == {
-        "compare.json", "report.md", "compare.png",
-    }  # fmt: skip
-    assert {path.name for path in vit.folder.iterdir()} == {
-        "compare.json", "report.md", "compare.png", "traces",
-    }  # fmt: skip
+    files = {"compare.json", "report.md", "report.html", "compare.png", "compare.svg"}
+    assert {path.name for path in pvt.folder.iterdir()} == files
+    assert {path.name for path in vit.folder.iterdir()} == {*files, "traces"}
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
@@ -246,12 +246,12 @@ def test_compare_prints_the_table_and_the_files(run: Run):
     files = rest.rpartition("\n\n")[2]
     if "--trace-diff" in run.words:
         assert "| mode | arm | operator |" in rest
-        assert "| infer | mix_ffn | `aten::" in rest
+        assert "| infer | mix_ffn | aten::" in rest
     lines = [line for line in table.splitlines() if not line.startswith("warning: ")]
     rows = [line.split()[:2] for line in lines[1:]]
     arms = run.content["arms"]
     assert rows == [[mode, arm["name"]] for mode in arms[0]["modes"] for arm in arms]
-    for name in ("report.md", "compare.png", "compare.json"):
+    for name in ("report.html", "report.md", "compare.png", "compare.json"):
         assert str(run.folder / name) in files
     assert ("tensorboard --logdir" in files) is ("--trace" in run.words)
 
@@ -262,8 +262,8 @@ def test_against_an_earlier_run(vit: Run, tmp_path: Path, factor: float, status:
     earlier = copy.deepcopy(vit.content)
     for arm in earlier["arms"]:
         for mode in arm["modes"]:
-            latency = arm["ratios"][mode]["latency"]
-            latency |= {end: factor * latency[end] for end in ("low", "median", "high")}
+            ratio = arm["modes"][mode]["ratio"]
+            ratio |= {end: factor * ratio[end] for end in ("low", "median", "high")}
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     options = "test_vit --block mix_ffn --batch-size 2 --repeats 2"
     run = compare(
@@ -326,7 +326,7 @@ def test_module_runs_as_a_command(tmp_path: Path):
     content = json.loads((tmp_path / "report" / "compare.json").read_text())
     glibc = platform.libc_ver()[0] == "glibc"
     keeps = "glibc, keeps freed memory" if glibc else "as the system has it"
-    assert content["allocator"] == keeps
+    assert content["about"]["allocator"] == keeps
 
 
 def test_module_passes_the_exit_status_on(tmp_path: Path):
@@ -410,13 +410,16 @@ def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
     run = compare(
         tmp_path / "report",
         "test_vit --block mix_ffn --block mix_ffn --kernel-size 5 --repeats 7 "
-        "--mode train --compile --trace --dtype bfloat16 --batch-size 5",
+        "--mode train --compile --trace --dtype bfloat16 --batch-size 5 "
+        "--memory-format channels_last",
     )
     assert (run.status, run.err) == (1, "tokenconv: error: enough\n")
     (found,) = asked
     assert found["kernels"] == {"baseline": set(), "mix_ffn": {5}}
     assert (found["images"].shape, found["images"].dtype) == ((5, 3, 160, 160), torch.bfloat16)
-    assert (found["repeats"], found["mode"], found["compiled"]) == (7, "train", True)
+    assert (found["repeats"], found["mode"]) == (7, "train")
+    assert found["compiled"] == {"baseline", "mix_ffn"}
+    assert found["images"].is_contiguous(memory_format=torch.channels_last)
     assert found["reference"] == "baseline"
     assert found["trace_dir"].name == "traces"
     assert not (tmp_path / "report").exists()
@@ -424,7 +427,7 @@ def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_arms_have_the_same_weights():
     model = build_model("pvt_v2_b0", (64, 64))
-    arms, reference = commands.build_arms(model, ["mix_ffn", "none"], 3)
+    arms, reference = build_arms(model, ["mix_ffn", "none"], image_size=(64, 64))
     assert list(arms) == ["attention_only", "original", "mix_ffn"]
     assert reference == "original"
     own = dict(model.named_parameters())
@@ -445,7 +448,7 @@ def test_a_second_run_replaces_the_report(tmp_path: Path):
     assert (folder / "notes.txt").read_text() == "mine"
     assert "mix_ffn" in (folder / "report.md").read_text()
     assert sorted(path.name for path in folder.iterdir()) == [
-        "compare.json", "compare.png", "notes.txt", "report.md",
+        "compare.json", "compare.png", "compare.svg", "notes.txt", "report.html", "report.md",
     ]  # fmt: skip
 
 
@@ -542,14 +545,14 @@ def test_list_prints_one_thing_at_a_time(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "size", "block", "kwargs"),
     [
-        ("test_vit --block mix_ffn", None, "mix_ffn", {"kernel_size": 3}),
+        ("test_vit --block mix_ffn", None, "mix_ffn", {}),
         (
             "test_vit --block mix_ffn --kernel-size 5 --img-size 64 96",
             (64, 96),
             "mix_ffn",
             {"kernel_size": 5},
         ),
-        ("pvt_v2_b0 --block mix_ffn", None, "mix_ffn", {"kernel_size": 3}),
+        ("pvt_v2_b0 --block rep_cpe", None, "rep_cpe", {}),
         ("pvt_v2_b0 --block none", None, "none", {}),
     ],
 )

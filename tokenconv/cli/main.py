@@ -30,5 +30,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tokenconv: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tokenconv: interrupted, and what was not finished is lost", file=sys.stderr)
+        print("tokenconv: interrupted, nothing was written", file=sys.stderr)
         return 130

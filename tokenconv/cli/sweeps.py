@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,6 +31,8 @@ def run_sweep(
         UnknownNameError: If there is no model or block of a name.
     """
     todo = [(settings, parse(words)) for settings, words in _points(args)]
+    for left in (args.out / "points").glob(".*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left)
     points: list[Point] = []
     for settings, own in tqdm(todo, desc="sweep", unit="point"):
         try:

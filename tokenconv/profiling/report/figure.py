@@ -47,7 +47,7 @@ def write_figures(rows: Sequence[Sequence[Chart]], title: str, stem: Path) -> No
         title: Of all of them.
         stem: Where the pictures go, without the ends of their names.
     """
-    heights = [_TITLE + max(chart.height for chart in row) + _GUTTER for row in rows]
+    heights = [_TITLE + max((chart.height for chart in row), default=0) + _GUTTER for row in rows]
     columns = max((len(row) for row in rows), default=1)
     width, height = columns * (WIDTH + _GUTTER) + _GUTTER, 2 * _GUTTER + sum(heights)
     with _style():

@@ -39,7 +39,7 @@ class _Place:
 
 
 def sweep_charts(points: Sequence[Point], mode: Mode) -> list[Chart]:
-    """Ratios of latency and memory against everything that was set to several values.
+    """Ratios of latency and memory against everything that was set.
 
     Args:
         points: What was measured.
@@ -48,8 +48,7 @@ def sweep_charts(points: Sequence[Point], mode: Mode) -> list[Chart]:
     charts = []
     for key in dict.fromkeys(key for point in points for key in point.settings):
         for what in ("latency", "memory"):
-            places = list(_places(points, mode, key, what))
-            if len({place.setting for place in places}) > 1:
+            if places := list(_places(points, mode, key, what)):
                 charts.append(_chart(places, mode, key, what))
     return charts
 
