@@ -214,10 +214,20 @@ def steady_allocator() -> str:
     """
     if platform.libc_ver()[0] != "glibc":
         return "as the system has it"
+    global _keeps_freed_memory
     libc = ctypes.CDLL(None)
     m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
     done = libc.mallopt(m_trim_threshold, 2**31 - 1) and libc.mallopt(m_mmap_max, 0)
+    _keeps_freed_memory = bool(done)
     return "glibc, keeps freed memory" if done else "glibc, as it comes"
+
+
+_keeps_freed_memory = False
+
+
+def keeps_freed_memory() -> bool:
+    """Whether ``steady_allocator`` has been called, and could do it."""
+    return _keeps_freed_memory
 
 
 def synchronize(device: torch.device) -> None:
