@@ -3,26 +3,23 @@
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tokenconv.profiling import Spread, steady_allocator
+from tokenconv.profiling import Spread, machine, steady_allocator
 from tokenconv.profiling.measurement import Rounds, time_interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PACKAGES = ("tokenconv", "torch", "timm", "einops")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +63,15 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
         "uncommitted": [line.split()[-1] for line in (changed or "").splitlines()],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "device": _device_name(args.device),
+        "device": machine.device_name(torch.device(args.device)),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "load_average_before": round(os.getloadavg()[0], 2),
+        "load_average_before": round(machine.load(), 2),
         "allocator": allocator,
         "dtype": args.dtype,
         "repeats": args.repeats,
         "warmup": args.warmup,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in _PACKAGES},
-        },
+        "versions": machine.versions(),
     }
 
 
@@ -155,13 +149,3 @@ def _git(*words: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or platform.machine()
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"

@@ -102,7 +102,7 @@ def test_compare_succeeds(run: Run):
 def test_json_tells_where_and_with_what(run: Run):
     content = run.content
     assert content["schema_version"] == SCHEMA_VERSION
-    assert content["device"].startswith("cpu")
+    assert f"({torch.backends.cpu.get_cpu_capability()})" in content["device"]
     assert content["dtype"] == "float32"
     assert content["threads"] == 1
     assert content["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -103,7 +103,7 @@ def test_difference_is_the_largest_of_the_outputs(measured: Comparison):
 def test_environment_is_told(measured: Comparison):
     told = measured.to_dict()
     assert told["schema_version"] == SCHEMA_VERSION
-    assert told["device"].startswith("cpu")
+    assert f"({torch.backends.cpu.get_cpu_capability()})" in told["device"]
     assert told["dtype"] == "float32"
     assert told["threads"] == 1
     assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -135,7 +135,7 @@ def test_printed_table_has_a_row_per_mode_and_arm(measured: Comparison):
         ["infer", "small"], ["infer", "wide"], ["train", "small"], ["train", "wide"],
     ]  # fmt: skip
     latency = measured.arms[1].modes["train"].latency_ms.median
-    assert f" {latency:.1f} (" in rows[3]
+    assert f" {latency:.3g} (" in rows[3] or f" {latency:.1f} (" in rows[3]
 
 
 def test_training_memory_holds_gradients_and_moments():

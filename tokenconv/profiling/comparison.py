@@ -2,13 +2,11 @@
 
 import copy
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from tokenconv.costs import cost, depthwise_modules, meta_copy
 from tokenconv.errors import MeasurementError, UnknownNameError
+from tokenconv.profiling import machine
 from tokenconv.profiling.measurement import (
     FAILURES,
     Mode,
@@ -42,7 +41,6 @@ _MODES: dict[str, list[Mode]] = {
     "both": ["infer", "train"],
 }
 _MOST_COMPILED = 8
-_PACKAGES = ("tokenconv", "torch", "timm", "einops")
 
 
 def compare(
@@ -106,7 +104,7 @@ def compare(
         if repeats is None
         else Rounds.exactly(repeats, baseline=baseline, warmup=warmup)
     )
-    load = _load()
+    load = machine.load()
     warnings: list[str] = []
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
@@ -141,12 +139,12 @@ def compare(
         memory_format=_memory_format(images),
         rounds={current: one.rounds for current, one in found.items()},
         overhead={current: one.overhead for current, one in found.items()},
-        device=_device_name(images.device),
+        device=machine.device_name(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        load=(load, _load()),
-        governor=_governor(),
-        versions={"python": platform.python_version(), **_versions()},
+        load=(load, machine.load()),
+        governor=machine.governor(),
+        versions=machine.versions(),
         memory_source=(
             "CUDA allocator" if images.device.type == "cuda" else "memory events of the profiler"
         ),
@@ -382,7 +380,12 @@ def _record(steps: Mapping[str, Step], device: torch.device, folder: Path) -> It
             yield f"no trace of {step.mode} of {name} in {folder}: {reason(error)}"
 
 
-# --- where it was measured ---
+def _memory_format(images: Tensor) -> str:
+    is_last = images.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if is_last and not images.is_contiguous() else "contiguous"
+
+
+# --- how sure it is ---
 
 
 def _doubts(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> Iterator[str]:
@@ -402,34 +405,3 @@ def _doubts(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> 
                     f"{rounds.precision:.1%}: measure longer (budget, repeats), or on a machine "
                     f"with less noise"
                 )
-
-
-def _load() -> float:
-    """Processes that want to run, on the average of the last minute; 0 where nobody counts."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def _governor() -> str:
-    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return path.read_text().strip() if path.is_file() else "not told"
-
-
-def _memory_format(images: Tensor) -> str:
-    is_last = images.is_contiguous(memory_format=torch.channels_last)
-    return "channels_last" if is_last and not images.is_contiguous() else "contiguous"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -291,13 +291,18 @@ def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
         mode,
         arm.name,
         *costs,
-        f"{measured.latency_ms.median:.1f} ({measured.latency_ms.iqr:.1f})",
+        f"{_short(measured.latency_ms.median)} ({_short(measured.latency_ms.iqr)})",
         "baseline" if is_baseline else _interval(measured.ratio),
         "" if is_baseline or measured.ratio is None else measured.ratio.verdict,
-        f"{measured.images_per_s:.1f}",
-        f"{measured.memory.peak / MIB:.1f}",
+        _short(measured.images_per_s),
+        _short(measured.memory.peak / MIB),
         shown,
     )
+
+
+def _short(value: float) -> str:
+    """With a decimal, and with three digits that count."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _interval(ratio: Ratio | None) -> str:

@@ -89,11 +89,9 @@ def time_shares(comparison: Comparison) -> Table:
 
 def categories(comparison: Comparison) -> list[str]:
     """What time was spent on, in the order of appearance."""
-    return list(
-        dict.fromkeys(
-            spent.category for _, _, one in measurements(comparison) for spent in one.time
-        )
-    )
+    spent = [spent for _, _, one in measurements(comparison) for spent in one.time]
+    used = {one.category for one in spent if one.ms > 0}
+    return [name for name in dict.fromkeys(one.category for one in spent) if name in used]
 
 
 def phase_ms(measured: Measured, phase: Phase) -> float:
