@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all lint benchmark clean
 
@@ -14,10 +15,10 @@ demo: $(VENV)/.demo
 	@echo "Reports are in tokenconv-report/. Traces of both: $(BIN)/tensorboard --logdir tokenconv-report"
 
 test: lint
-	$(BIN)/pytest -m "not slow" --durations=15
+	$(BIN)/pytest -m "not slow" $(WORKERS) --durations=15
 
 test-all: lint
-	$(BIN)/pytest --durations=25
+	$(BIN)/pytest $(WORKERS) --durations=25
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -47,17 +47,28 @@ def test_readme_has_commands():
     assert {"make demo", "make test"} <= set(SHELL)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def _command(line):
+    takes_long = "--sweep" in line or "--beside" in line
+    return pytest.param(line, marks=pytest.mark.slow if takes_long else ())
+
+
+@pytest.mark.parametrize("command", [_command(line) for line in COMMANDS])
 def test_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
     if words[0] == "compare":
-        words += ["--repeats", "2"]
+        words += ["--repeats", "2", "--batch-size", "1", "--mode", "infer"]
     assert main(words) == 0
     assert capsys.readouterr().out
     made = {path.name for path in tmp_path.glob("tokenconv-report/*")}
-    expected = {"compare.json", "compare.png", "report.md", "traces"}
-    assert made == (expected if words[0] == "compare" else set())
+    reports = {"report.html", "report.md"}
+    if "--sweep" in words:
+        assert made == {*reports, "sweep.png", "sweep.svg", "points"}
+    elif words[0] == "compare":
+        traces = {"traces"} if "--trace" in words else set()
+        assert made == {*reports, "compare.json", "compare.png", "compare.svg", *traces}
+    else:
+        assert made == set()
 
 
 def test_links_lead_somewhere():
