@@ -10,7 +10,7 @@ COLORS = (
 )  # fmt: skip
 BASELINE = "#808790"
 MARKERS = "os^DvPX<>"
-_HATCHES = ("", "////", "++++", "\\\\\\\\", "xxxx", "||||", "....", "oooo", "----")
+_HATCHES = ("", "////", "++++", "\\\\\\\\", "xxxx", "||||", "//--", "||\\\\", "----")
 
 
 def fills(count: int) -> list[dict[str, str | float]]:
