@@ -134,8 +134,6 @@ def test_printed_table_has_a_row_per_mode_and_arm(measured: Comparison):
     assert [row.split()[:2] for row in rows] == [
         ["infer", "small"], ["infer", "wide"], ["train", "small"], ["train", "wide"],
     ]  # fmt: skip
-    latency = measured.arms[1].modes["train"].latency_ms.median
-    assert f" {latency:.3g} (" in rows[3] or f" {latency:.1f} (" in rows[3]
 
 
 def test_training_memory_holds_gradients_and_moments():

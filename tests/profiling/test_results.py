@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling import Comparison, compare, read_comparison, schema
+from tokenconv.profiling.measurement import Spread
 from tokenconv.profiling.results import SCHEMA_VERSION, table, write_comparison
 
 
@@ -109,3 +111,14 @@ def test_an_arm_that_failed_has_a_row_that_says_so(measured: Comparison):
     ]  # fmt: skip
     assert [row["verdict"] == "failed" for row in rows] == [False, False, False, True]
     assert rows[3]["latency ms (IQR)"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("ms", "shown"), [(1234.56, "1234.6"), (10.04, "10.0"), (9.876, "9.88"), (0.01234, "0.0123")]
+)
+def test_latency_has_three_digits_that_count(measured: Comparison, ms: float, shown: str):
+    net = measured.arm("net")
+    figures = replace(net.modes["infer"], latency_ms=Spread.of([ms]))
+    arm = replace(net, modes={"infer": figures})
+    _, row, *_ = table(replace(measured, arms=(arm,)))
+    assert row[4] == f"{shown} (0)"
