@@ -60,7 +60,7 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         words += ["--repeats", "2", "--batch-size", "1", "--mode", "infer"]
     assert main(words) == 0
     assert capsys.readouterr().out
-    made = {path.name for path in tmp_path.glob("tokenconv-report/*")}
+    made = {path.name for path in tmp_path.glob("tokenconv-report/[!.]*")}
     reports = {"report.html", "report.md"}
     if "--sweep" in words:
         assert made == {*reports, "sweep.png", "sweep.svg", "points"}

@@ -17,7 +17,7 @@ def images(*size: int) -> torch.Tensor:
 
 def test_positions_stand_in_front_of_every_stage_of_a_pyramid():
     model = build_model("pvt_v2_b0", (64, 96)).eval()
-    arms, _ = build_arms(model, ["mix_ffn"], beside=["position"], image_size=(64, 96))
+    arms = build_arms(model, ["mix_ffn"], beside=["position"], image_size=(64, 96)).models
     assert list(arms) == ["attention_only", "original", "mix_ffn", "attention_only_position"]
     with_positions = arms["attention_only_position"].eval()
     found = {
@@ -45,7 +45,7 @@ def test_positions_stand_in_front_of_every_stage_of_a_pyramid():
 )
 def test_positions_have_the_grid_of_the_tokens(name: str, size: tuple[int, int], grid: tuple):
     model = timm.create_model(name).eval()
-    arms, _ = build_arms(model, [], beside=["position"], image_size=size)
+    arms = build_arms(model, [], beside=["position"], image_size=size).models
     found = [
         module.size
         for module in arms["baseline_position"].modules()
@@ -59,7 +59,7 @@ def test_positions_have_the_grid_of_the_tokens(name: str, size: tuple[int, int],
 @pytest.mark.parametrize("name", ["test_vit", "pvt_v2_b0"])
 def test_naive_copies_compute_the_same(name: str):
     model = build_model(name, (160, 160)).eval()
-    arms, _ = build_arms(model, ["mix_ffn"], beside=["naive"], image_size=(160, 160))
+    arms = build_arms(model, ["mix_ffn"], beside=["naive"], image_size=(160, 160)).models
     torch.manual_seed(1)
     hybrid = arms["mix_ffn"].eval()
     for module in hybrid.modules():
@@ -77,7 +77,7 @@ def test_naive_copies_compute_the_same(name: str):
 
 def test_other_models_stand_beside_at_the_same_size():
     model = build_model("pvt_v2_b0", (64, 64))
-    arms, _ = build_arms(model, ["mix_ffn"], beside=["pvt_v2_b1"], image_size=(64, 64))
+    arms = build_arms(model, ["mix_ffn"], beside=["pvt_v2_b1"], image_size=(64, 64)).models
     assert list(arms)[-1] == "pvt_v2_b1"
     plain = timm.create_model("pvt_v2_b1")
     assert arms["pvt_v2_b1"].state_dict().keys() == plain.state_dict().keys()
@@ -90,3 +90,24 @@ def test_what_cannot_stand_beside():
         build_arms(vit, ["mix_ffn"], beside=["naiv"], **options)
     with pytest.raises(MeasurementError, match="no arm has a depthwise convolution to copy tokens"):
         build_arms(vit, [], beside=["naive"], **options)
+
+
+def test_every_arm_is_described():
+    model = build_model("pvt_v2_b0", (64, 64))
+    beside = ["position", "naive", "pvt_v2_b1"]
+    built = build_arms(model, ["mix_ffn"], beside=beside, image_size=(64, 64))
+    assert built.reference == "original"
+    assert built.descriptions == {
+        "attention_only": "pvt_v2_b0 without the convolutions in its MLPs",
+        "original": "pvt_v2_b0 as timm has it, with convolutions in its MLPs",
+        "mix_ffn": "original with 8 mix_ffn (fc2(act(DWConv(fc1(x)))); PVT v2) at merge_conv",
+        "attention_only_position": (
+            "attention_only with a learned position embedding in front of every stage"
+        ),
+        "mix_ffn_naive": "mix_ffn, whose depthwise convolutions copy tokens to maps and back",
+        "pvt_v2_b1": "pvt_v2_b1 as timm has it, of other size and weights",
+    }
+    assert built.models.keys() == built.descriptions.keys()
+    built = build_arms(build_model("test_vit"), ["peg"], image_size=(160, 160))
+    assert built.descriptions["baseline"] == "test_vit as timm has it"
+    assert built.reference == "baseline"

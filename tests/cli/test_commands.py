@@ -210,7 +210,7 @@ def test_report_and_figure_are_written(run: Run):
     for arm in run.content["arms"]:
         assert f" {arm['name']} |" in report
     assert run.content["about"]["command"] in report
-    assert f"- device: {run.content['device']}, 1 threads" in report
+    assert f"- device: {run.content['device']}, 1 thread\n" in report
     assert run.content["versions"]["torch"] in report
     with Image.open(run.folder / "compare.png") as picture:
         assert picture.format == "PNG"
@@ -258,21 +258,34 @@ def test_compare_prints_the_table_and_the_files(run: Run):
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1e-6, 3)])
 def test_against_an_earlier_run(vit: Run, tmp_path: Path, factor: float, status: int):
-    """Once against what it was, and once as if it had been a million times as fast."""
+    """Once against what it was, and once as if it had needed a millionth of the memory."""
     earlier = copy.deepcopy(vit.content)
     for arm in earlier["arms"]:
         for mode in arm["modes"]:
-            ratio = arm["modes"][mode]["ratio"]
-            ratio |= {end: factor * ratio[end] for end in ("low", "median", "high")}
+            arm["modes"][mode]["memory_ratio"] *= factor
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     options = "test_vit --block mix_ffn --batch-size 2 --repeats 2"
     run = compare(
         tmp_path / "report",
-        f"{options} --against {tmp_path / 'earlier.json'} --fail-if ratio>1000",
+        f"{options} --against {tmp_path / 'earlier.json'} --fail-if memory>1000",
     )
     assert run.status == status, run.err
     assert run.out.count("REGRESSION" if status else "no regression shown") == 2
-    assert "ratio>1000" in run.out
+    assert "note: " not in run.out
+
+
+def test_other_conditions_are_told_and_few_rounds_judge_no_latency(vit: Run, tmp_path: Path):
+    earlier = vit.content | {"device": "a Cray", "threads": 64}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    options = (
+        f"test_vit --block mix_ffn --batch-size 2 --repeats 2 --against {tmp_path}/earlier.json"
+    )
+    run = compare(tmp_path / "report", options)
+    assert run.status == 1
+    assert "cannot judge infer of mix_ffn by 2 rounds: measure at least 10, then and now" in run.err
+    assert f"note: device: a Cray then, {vit.content['device']} now" in run.out
+    assert "note: threads: 64 then, 1 now" in run.out
+    assert (run.folder / "report.html").is_file()
 
 
 def test_a_missing_earlier_run_is_told_before_measuring(tmp_path: Path):
@@ -427,7 +440,8 @@ def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_arms_have_the_same_weights():
     model = build_model("pvt_v2_b0", (64, 64))
-    arms, reference = build_arms(model, ["mix_ffn", "none"], image_size=(64, 64))
+    built = build_arms(model, ["mix_ffn", "none"], image_size=(64, 64))
+    arms, reference = built.models, built.reference
     assert list(arms) == ["attention_only", "original", "mix_ffn"]
     assert reference == "original"
     own = dict(model.named_parameters())

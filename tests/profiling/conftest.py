@@ -37,6 +37,7 @@ def make_arm(
     costs = {site: SiteCost(5000, 2_000_000, 8 * MIB, 1, (1, 384, 1024)) for site in sites}
     return Arm(
         name=name,
+        description=f"what {name} is",
         compiled=False,
         params=int(3_600_000 * factor),
         macs=44_000_000,

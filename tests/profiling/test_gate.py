@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling import Comparison, Rule, changes
+from tokenconv.profiling import Comparison, Rule, changes, other_conditions
 
 
 @pytest.fixture
@@ -15,14 +15,21 @@ def make(made_up: Callable[..., Comparison]) -> Callable[..., Comparison]:
     """Makes a comparison of two arms in one mode, with these figures of the second."""
 
     def made(
-        low: float = 1.1, median: float = 1.2, high: float = 1.3, memory: float = 1.5, **facts: Any
+        low: float = 1.1,
+        median: float = 1.2,
+        high: float = 1.3,
+        memory: float = 1.5,
+        rounds: int = 10,
+        **facts: Any,
     ) -> Comparison:
         whole = made_up(("infer",))
         plain, _, mix_ffn = whole.arms
         measured = mix_ffn.modes["infer"]
         assert measured.ratio is not None
         ratio = dataclasses.replace(measured.ratio, low=low, median=median, high=high)
-        figures = dataclasses.replace(measured, ratio=ratio, memory_ratio=memory)
+        figures = dataclasses.replace(
+            measured, ratio=ratio, memory_ratio=memory, samples_ms=measured.samples_ms[:1] * rounds
+        )
         arms = (plain, dataclasses.replace(mix_ffn, modes={"infer": figures}))
         return dataclasses.replace(whole, **{"arms": arms, **facts})
 
@@ -105,4 +112,31 @@ def test_an_arm_that_fails_now_is_missed(make: Make, failed: Callable[..., Compa
             MeasurementError, match=r"was measured before and is not now: .*mix_ffn"
         ):
             changes(failed(make(), name, "infer"), then, Rule.parse("ratio>1.05"))
-    assert changes(then, failed(make(), "mix_ffn", "infer"), Rule.parse("ratio>1.05")) == []
+    for name in ("mix_ffn", "attention_only"):
+        with pytest.raises(MeasurementError, match="before has no arm with a baseline to judge by"):
+            changes(then, failed(make(), name, "infer"), Rule.parse("ratio>1.05"))
+
+
+def test_few_rounds_judge_no_latency(make: Make):
+    few, enough = make(1.5, 1.6, 1.7, rounds=9), make()
+    for now, then in ((few, enough), (enough, few)):
+        with pytest.raises(MeasurementError, match="cannot judge infer of mix_ffn by 9 rounds"):
+            changes(now, then, Rule.parse("ratio>1.05"))
+        assert len(changes(now, then, Rule.parse("memory>1.05"))) == 1
+
+
+def test_other_conditions_are_told(make: Make):
+    then, now = make(), make(device="a GPU", threads=8, versions={"torch": "2.16.0"})
+    assert other_conditions(then, then) == []
+    assert other_conditions(now, then) == [
+        "device: cpu (made up) then, a GPU now",
+        "threads: 2 then, 8 now",
+        "python: 3.11.7 then, None now",
+        "torch: 2.15.0 then, 2.16.0 now",
+    ]
+    plain, mix_ffn = then.arms
+    larger = dataclasses.replace(mix_ffn, params=9_000_000, macs=45_000_000)
+    assert other_conditions(dataclasses.replace(then, arms=(plain, larger)), then) == [
+        "parameters of mix_ffn: 8100000 then, 9000000 now",
+        "MACs of mix_ffn: 44000000 then, 45000000 now",
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.profiling import Spread, measurement
-from tokenconv.profiling.measurement import Ratio, Rounds, Step, paired, time_interleaved
+from tokenconv.profiling.measurement import (
+    Ratio,
+    Rounds,
+    Step,
+    paired,
+    reason,
+    time_interleaved,
+)
 
 CPU = torch.device("cpu")
 
@@ -242,15 +250,18 @@ def images() -> Tensor:
 def test_training_step_makes_gradients_and_leaves_the_weights():
     model = small_net().eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norms: list[float] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: norms.append(float(p.grad.norm())))
     step = Step(model, images(), "train")
     step()
     step()
     assert model.training
+    assert len(norms) == 2 * len(before)
+    assert np.isfinite(norms).all()
+    assert max(norms) > 0
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
         assert torch.equal(parameter, before[name]), name
-    assert any(bool(p.grad.abs().max() > 0) for p in model.parameters() if p.grad is not None)
 
 
 def test_training_step_runs_the_optimizer():
@@ -260,16 +271,68 @@ def test_training_step_runs_the_optimizer():
     assert len(step.optimizer.state) == len(list(step.model.parameters()))
 
 
-def test_training_step_starts_from_fresh_gradients():
+def test_training_step_starts_from_fresh_gradients_and_leaves_none():
     step = Step(small_net(), images(), "train")
-    step()
-    first = [p.grad.clone() for p in step.model.parameters() if p.grad is not None]
-    step()
-    second = [p.grad for p in step.model.parameters() if p.grad is not None]
+    assert step.optimizer is not None
+    seen: list[list[Tensor]] = []
+
+    def look(optimizer: Any, args: Any, kwargs: Any) -> None:
+        seen.append([p.grad.clone() for p in step.model.parameters() if p.grad is not None])
+
+    step.optimizer.register_step_pre_hook(look)
+    for _ in range(2):
+        step()
+        assert all(p.grad is None for p in step.model.parameters())
+    first, second = seen
+    assert len(first) == len(list(step.model.parameters()))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b)
-    step.release_gradients()
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward", "optimizer"])
+def test_a_step_that_fails_frees_what_it_held(fails_in: str):
+    step = Step(small_net(), images(), "train")
+    assert step.optimizer is not None
+    step()
+    assert step.optimizer_state()
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    if fails_in == "forward":
+        step.model.register_forward_hook(fail)
+    elif fails_in == "backward":
+        next(step.model.parameters()).register_hook(fail)
+    else:
+        step.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    assert not step.optimizer_state()
     assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_steps_leave_the_weights_as_they_are(dtype: torch.dtype):
+    model = small_net().to(dtype)
+    before = [p.clone() for p in model.parameters()]
+    step = Step(model, images().to(dtype), "train")
+    for _ in range(3):
+        step()
+    assert step.weights_are_finite()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("one\n  two"), "one two"),
+        (RuntimeError(), "RuntimeError"),
+        (KeyError("k"), "KeyError 'k'"),
+        (MemoryError(), "out of memory: MemoryError"),
+    ],
+)
+def test_a_reason_is_one_line(error: Exception, told: str):
+    assert reason(error) == told
 
 
 def test_inference_step_makes_no_gradients():

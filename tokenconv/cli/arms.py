@@ -5,20 +5,34 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from torch import nn
 
+from tokenconv.blocks import BLOCKS
 from tokenconv.cli.inputs import build_model
 from tokenconv.costs import cost, depthwise_modules
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.layers import DWConv
 from tokenconv.ops.depthwise_conv import Impl
-from tokenconv.surgery import insert_, plan
+from tokenconv.surgery import Plan, insert_, plan
 
 POSITION, NAIVE = "position", "naive"
 """What ``--beside`` takes besides names of timm models."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What is to be compared."""
+
+    models: dict[str, nn.Module]
+    """By name; the first is the baseline."""
+    descriptions: dict[str, str]
+    """What each is, for readers who know the name only."""
+    reference: str
+    """The arm that is the model as timm has it."""
 
 
 def build_arms(
@@ -28,8 +42,8 @@ def build_arms(
     beside: Sequence[str] = (),
     image_size: tuple[int, int],
     **options: Any,
-) -> tuple[dict[str, nn.Module], str]:
-    """The models to compare, the first is the baseline; all but timm's from the same weights.
+) -> Arms:
+    """The models to compare; all but timm's from the same weights.
 
     A model that has a convolution in its MLPs is compared without it as well: ``attention_only``
     is then the baseline, and ``original`` the model as timm has it.
@@ -43,39 +57,57 @@ def build_arms(
         image_size: Rows and columns of the images.
         **options: For ``insert_``.
 
-    Returns:
-        The arms by name, and the name of the arm that is the model as timm has it.
-
     Raises:
         SurgeryError: If a block does not go into the model.
         UnknownNameError: If there is no block or model of a name.
         MeasurementError: If there is nothing to be naive about.
     """
-    arms: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
+    told: dict[str, str] = {}
     reference = "baseline"
+    timm_name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    told[reference] = f"{timm_name} as timm has it"
     try:
-        arms["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
+        models["attention_only"] = insert_(copy.deepcopy(model), "none", allow_change=True)
         reference = "original"
+        told = {
+            "attention_only": f"{timm_name} without the convolutions in its MLPs",
+            "original": f"{timm_name} as timm has it, with convolutions in its MLPs",
+        }
     except SurgeryError:
         if "none" in names:
             raise
-    arms[reference] = model
+    models[reference] = model
     for block in dict.fromkeys(names):
         if block != "none":
-            arms[block] = insert_(copy.deepcopy(model), block, **options)
-    hybrids = {name: arm for name, arm in arms.items() if depthwise_modules(arm)}
+            made = plan(model, block, **options)
+            models[block] = insert_(copy.deepcopy(model), made)
+            told[block] = f"{reference} with {_blocks(block, made)}"
+    hybrids = {name: arm for name, arm in models.items() if depthwise_modules(arm)}
     for name in dict.fromkeys(beside):
         if name == POSITION:
-            baseline = next(iter(arms))
-            arms[f"{baseline}_{POSITION}"] = _with_positions(model, baseline, image_size)
+            baseline = next(iter(models))
+            arm = f"{baseline}_{POSITION}"
+            models[arm] = _with_positions(model, baseline, image_size)
+            told[arm] = f"{baseline} with a learned position embedding in front of every stage"
         elif name == NAIVE:
             if not hybrids:
                 raise MeasurementError("no arm has a depthwise convolution to copy tokens for")
-            hybrid, arm = next(reversed(hybrids.items()))
-            arms[f"{hybrid}_{NAIVE}"] = _naive(arm)
+            hybrid, made = next(reversed(hybrids.items()))
+            arm = f"{hybrid}_{NAIVE}"
+            models[arm] = _naive(made)
+            told[arm] = f"{hybrid}, whose depthwise convolutions copy tokens to maps and back"
         else:
-            arms[name] = build_model(name, image_size)
-    return arms, reference
+            models[name] = build_model(name, image_size)
+            told[name] = f"{name} as timm has it, of other size and weights"
+    return Arms(models, told, reference)
+
+
+def _blocks(name: str, made: Plan) -> str:
+    """What was inserted, how often, and where."""
+    sites = ", ".join(dict.fromkeys(edit.site for edit in made.edits))
+    info = BLOCKS[name]
+    return f"{len(made.edits)} {name} ({info.formula}; {info.papers[0].name}) at {sites}"
 
 
 def _with_positions(model: nn.Module, baseline: str, image_size: tuple[int, int]) -> nn.Module:

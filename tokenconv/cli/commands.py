@@ -18,13 +18,16 @@ from tokenconv.cli.sweeps import run_sweep
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling import (
     Comparison,
+    Rule,
     changes,
     changes_table,
     compare,
+    other_conditions,
     read_comparison,
     report_folder,
     steady_allocator,
-    write_report,
+    write_comparison,
+    write_views,
 )
 from tokenconv.surgery import plan
 from tokenconv.surgery.support import format_matrix
@@ -77,41 +80,53 @@ def run_compare(args: argparse.Namespace) -> int:
     print(f"figures: {args.out / 'compare.json'}, {args.out / 'compare.png'}")
     if args.trace:
         print(f"traces: tensorboard --logdir {args.out / 'traces'}, or https://ui.perfetto.dev")
-    status = 0
-    if then is not None:
-        found = changes(comparison, then, args.fail_if)
-        print(f"\nagainst {args.against}, {args.fail_if}:", *found, sep="\n")
-        status = 3 if any(change.regressed for change in found) else 0
-    return 1 if _tell_failures(comparison) else status
+    regressed = then is not None and _tell_changes(args, comparison, then)
+    return 1 if _tell_failures(comparison) else 3 if regressed else 0
+
+
+def _tell_changes(args: argparse.Namespace, now: Comparison, then: Comparison) -> bool:
+    """Say what changed since an earlier comparison; whether anything got worse."""
+    print(f"\nagainst {args.against}:")
+    for line in other_conditions(now, then):
+        print(f"note: {line}")
+    rules = args.fail_if or [Rule.parse("ratio>1.05")]
+    found = [change for rule in rules for change in changes(now, then, rule)]
+    print(*found, sep="\n")
+    return any(change.regressed for change in found)
 
 
 def measure(args: argparse.Namespace) -> Comparison:
     """Build the arms that the words ask for, compare them, and write the report of it.
 
-    The table is printed before anything is written, so that it is not lost where that fails.
+    What was measured is printed and kept before anything is drawn, so that it is not lost where
+    that fails.
     """
     device, dtype = _device(args.device), getattr(torch, args.dtype)
     allocator = steady_allocator()
     with report_folder(args.out) as folder:
         model = build_model(args.model, image_size(args.img_size), pretrained=args.pretrained)
         images = load_images(model, args.images, args.batch_size)
-        arms, reference = build_arms(
+        built = build_arms(
             model,
             args.block,
             beside=args.beside,
             image_size=(images.shape[2], images.shape[3]),
             **_where(args),
         )
+        arms, descriptions = built.models, built.descriptions
         compiled = set(arms) if args.compile == "on" else set[str]()
         if args.compile == "both":
             compiled = {f"{name}_compiled" for name in arms}
             arms |= {f"{name}_compiled": copy.deepcopy(arm) for name, arm in arms.items()}
+            descriptions |= {
+                f"{name}_compiled": f"{name} through torch.compile" for name in descriptions
+            }
         layout = _MEMORY_FORMATS[args.memory_format]
         comparison = compare(
             {n: arm.to(device, dtype).to(memory_format=layout) for n, arm in arms.items()},
             images.to(device, dtype).contiguous(memory_format=layout),
             mode=args.mode,
-            reference=reference,
+            reference=built.reference,
             repeats=args.repeats,
             precision=args.precision,
             budget_s=args.budget,
@@ -124,9 +139,12 @@ def measure(args: argparse.Namespace) -> Comparison:
                 "command": shlex.join(["tokenconv", *args.words]),
                 "allocator": allocator,
             },
+            descriptions=descriptions,
         )
         print(comparison)
-        write_report(comparison, folder)
+        write_comparison(comparison, folder / "compare.json")
+    with report_folder(args.out) as folder:
+        write_views(comparison, folder)
     return comparison
 
 

@@ -11,9 +11,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """What words after ``tokenconv`` mean; wrong usage exits with 2."""
     parser = _make_parser()
     args = parser.parse_args(words, argparse.Namespace(words=list(words)))
-    if args.command == "compare" and args.sweep and args.against:
-        parser.error("--against takes one comparison, and --sweep makes several")
+    if args.command == "compare":
+        _check_together(parser, args)
     return args
+
+
+def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of ``compare`` that make no sense together."""
+    if args.sweep and args.against:
+        parser.error("--against takes one comparison, and --sweep makes several")
+    if args.fail_if and not args.against:
+        parser.error("--fail-if says what is worse than a comparison: name it with --against")
+    swept = [option for option, _ in args.sweep]
+    for option in swept:
+        if swept.count(option) > 1:
+            parser.error(f"--sweep {option} twice: give all values at once, as {option}=V,V")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -61,7 +73,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help="earlier compare.json; exit 3 if worse",
     )
     comparing.add_argument(
-        "--fail-if", type=_rule, default="ratio>1.05", metavar="RULE", help="with --against"
+        "--fail-if",
+        action="append",
+        type=_rule,
+        default=[],
+        metavar="RULE",
+        help="with --against: ratio>1.05 (if none is given) or memory>1.1; repeat for both",
     )
     comparing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     comparing.add_argument(
@@ -137,7 +154,7 @@ def _sweep(text: str) -> tuple[str, list[str]]:
 
 
 def _rule(text: str) -> object:
-    from tokenconv.profiling.gate import Rule  # imports torch: not for --help
+    from tokenconv.profiling import Rule  # imports torch: not for --help
 
     try:
         return Rule.parse(text)

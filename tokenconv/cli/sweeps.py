@@ -6,12 +6,23 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from tokenconv.cli.parser import parse
 from tokenconv.errors import MeasurementError, UnknownNameError
-from tokenconv.profiling import Comparison, Point, read_comparison, report_folder, write_sweep
+from tokenconv.profiling import (
+    Comparison,
+    Point,
+    machine,
+    read_comparison,
+    report_folder,
+    write_sweep,
+)
 
 
 def run_sweep(
@@ -27,30 +38,44 @@ def run_sweep(
         measure: Runs one, and writes its folder.
 
     Raises:
-        MeasurementError: If no point could be measured.
+        MeasurementError: If no point could be measured, or another sweep runs in the folder.
         UnknownNameError: If there is no model or block of a name.
     """
     todo = [(settings, parse(words)) for settings, words in _points(args)]
-    for left in (args.out / "points").glob(".*"):  # by a run that was killed while it wrote
-        shutil.rmtree(left)
     points: list[Point] = []
-    for settings, own in tqdm(todo, desc="sweep", unit="point"):
-        try:
-            comparison = _finished(own) or measure(own)
-        except UnknownNameError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            why = " ".join(str(error).split())
-            print(f"tokenconv: error: {_name(settings)}: {why}", file=sys.stderr)
-            points.append(Point(settings, None, why))
-        else:
-            points.append(Point(settings, comparison, None))
+    with _alone_in(args.out):
+        for settings, own in tqdm(todo, desc="sweep", unit="point"):
+            try:
+                comparison = _finished(own) or measure(own)
+            except UnknownNameError:
+                raise
+            except Exception as error:
+                why = " ".join(str(error).split())
+                print(f"tokenconv: error: {_name(settings)}: {why}", file=sys.stderr)
+                points.append(Point(settings, None, why))
+            else:
+                points.append(Point(settings, comparison, None))
     if not any(point.comparison for point in points):
         raise MeasurementError(f"no point of the sweep could be measured: {points[0].failure}")
     with report_folder(args.out) as folder:
         command = shlex.join(["tokenconv", *args.words])
         write_sweep(points, folder, {"model": args.model, "command": command})
     return points
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder, and remove what one that was killed left unfinished."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            for left in (*folder.glob("points/.*/"), *folder.glob("points/*/.*/")):
+                shutil.rmtree(left)
+            yield
+    except Timeout as error:
+        raise MeasurementError(
+            f"another sweep is running in {folder}: wait for it, or take another --out"
+        ) from error
 
 
 def _points(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], list[str]]]:
@@ -84,7 +109,7 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 
 
 def _finished(args: argparse.Namespace) -> Comparison | None:
-    """What an earlier run with the same words has found here."""
+    """What an earlier run with the same words on the same machine has found here."""
     path = args.out / "compare.json"
     if not path.is_file():
         return None
@@ -92,5 +117,10 @@ def _finished(args: argparse.Namespace) -> Comparison | None:
         found = read_comparison(path)
     except MeasurementError:
         return None  # of another version: measure it again
-    same = found.about.get("command") == shlex.join(["tokenconv", *args.words])
+    same = (
+        found.about.get("command") == shlex.join(["tokenconv", *args.words])
+        and found.device == machine.device_name(torch.device(args.device))
+        and found.threads == torch.get_num_threads()
+        and found.versions == machine.versions()
+    )
     return found if same and not any(arm.failures for arm in found.arms) else None

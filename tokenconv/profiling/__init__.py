@@ -1,9 +1,15 @@
 """Measures any modules against each other, side by side in one run."""
 
 from tokenconv.profiling.comparison import compare
-from tokenconv.profiling.gate import Rule, changes
+from tokenconv.profiling.gate import Rule, changes, other_conditions
 from tokenconv.profiling.measurement import Spread, steady_allocator
-from tokenconv.profiling.report import changes_table, report_folder, write_report, write_sweep
+from tokenconv.profiling.report import (
+    changes_table,
+    report_folder,
+    write_report,
+    write_sweep,
+    write_views,
+)
 from tokenconv.profiling.results import (
     Arm,
     Comparison,
@@ -14,6 +20,7 @@ from tokenconv.profiling.results import (
     operator_changes,
     read_comparison,
     schema,
+    write_comparison,
 )
 
 __all__ = [
@@ -29,10 +36,13 @@ __all__ = [
     "changes_table",
     "compare",
     "operator_changes",
+    "other_conditions",
     "read_comparison",
     "report_folder",
     "schema",
     "steady_allocator",
+    "write_comparison",
     "write_report",
     "write_sweep",
+    "write_views",
 ]

@@ -1,5 +1,6 @@
 """Whose time it is: category, phase and site of every operator that the profiler saw."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Category(StrEnum):
     NORM = "normalisation"
     ACTIVATION = "activation"
     LAYOUT = "layout copies"
+    OPTIMIZER = "optimizer"
     OTHER = "other"
 
 
@@ -47,6 +49,8 @@ _NAMES = {
     Category.ATTENTION: ("attn", "attention", "self_attn"),
     Category.MLP_MATMUL: ("mlp", "ffn"),
 }
+_CLASSES = {Category.ATTENTION: re.compile(r"Attention|Attn")}
+"""Where names tell nothing, as ``token_mixer`` in CAFormer."""
 
 
 @contextmanager
@@ -85,16 +89,22 @@ def _labels(model: nn.Module) -> dict[str, list[str]]:
     """What to write on the ranges of a module, from the innermost to the outermost."""
     marks: list[tuple[str, str]] = [(name, Category.DEPTHWISE) for name in depthwise_modules(model)]
     marks += [(name, _SITE) for name in own_modules(model)]
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
         block, _, last = name.rpartition(".")
-        kind = next((kind for kind, names in _NAMES.items() if last in names), None)
-        if kind is not None:
+        if (kind := _kind(last, type(module).__name__)) is not None:
             marks.append((name, kind))
             marks += [(block, _BLOCK)] * bool(block)
     labels: dict[str, list[str]] = {}
     for name, kind in dict.fromkeys(marks):
         labels.setdefault(name, []).append(f"{RANGE}{kind}: {name}")
     return labels
+
+
+def _kind(name: str, cls: str) -> Category | None:
+    """Whether a module is attention or an MLP, by its own name or that of its class."""
+    named = (kind for kind, names in _NAMES.items() if name in names)
+    classed = (kind for kind, pattern in _CLASSES.items() if pattern.search(cls))
+    return next(named, None) or next(classed, None)
 
 
 # --- events: what the profiler saw ---
@@ -124,6 +134,7 @@ class Attribution:
 
     An operator belongs to what its name says; else to what called it. Backward operators are
     called by the autograd engine: they belong to the forward operator of the same sequence number.
+    All that the optimizer does is the optimizer's.
 
     Args:
         events: Of the profiler, on the CPU.
@@ -198,6 +209,8 @@ class Attribution:
         return event.cpu_parent
 
     def _classify(self, event: Any) -> Category:
+        if _phase_of(event) == "optimizer":
+            return Category.OPTIMIZER
         kind, _ = _label(event.name)
         if kind in (Category.ATTENTION, Category.DEPTHWISE):
             return Category(kind)

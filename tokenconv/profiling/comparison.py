@@ -19,7 +19,7 @@ from tokenconv.costs import cost, depthwise_modules, meta_copy
 from tokenconv.errors import MeasurementError, UnknownNameError
 from tokenconv.profiling import machine
 from tokenconv.profiling.measurement import (
-    FAILURES,
+    ENOUGH_ROUNDS,
     Mode,
     Rounds,
     Spread,
@@ -41,6 +41,9 @@ _MODES: dict[str, list[Mode]] = {
     "both": ["infer", "train"],
 }
 _MOST_COMPILED = 8
+_NOT_FINITE = (
+    "its weights are not finite after training steps; its gradients overflow in this dtype"
+)
 
 
 def compare(
@@ -58,6 +61,7 @@ def compare(
     trace_dir: Path | str | None = None,
     progress: bool = False,
     about: Mapping[str, str] | None = None,
+    descriptions: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Measure modules side by side: one run, same images, arms in turn and in random order.
 
@@ -82,14 +86,16 @@ def compare(
             written, a warning says so.
         progress: Show a progress bar on standard error.
         about: What else a report shall say, such as ``model`` and ``command``.
+        descriptions: What the arms are, by name, for readers of the report.
 
     Returns:
         The comparison; print it for a table, or keep it with ``to_dict``. What is ``faster`` or
         ``slower`` is so at 99% confidence; ``no difference shown`` is no proof of equality.
 
     Raises:
-        MeasurementError: If a model refuses the images, an output is no single tensor, or no arm
-            at all can be measured.
+        MeasurementError: If a model refuses the images, an output is no single tensor, a model
+            needs the values of the images to know what to do (so that it has no cost by formula),
+            or no arm at all can be measured.
         UnknownNameError: If ``mode`` is none, or ``baseline``, ``reference`` or a name in
             ``compiled`` no arm.
         ValueError: If there are no models or images, or a number or an arm's name makes no sense.
@@ -98,19 +104,26 @@ def compare(
     reference = reference or baseline
     compiled = (set(models) if compiled else set()) if isinstance(compiled, bool) else set(compiled)
     named = (baseline, reference, *sorted(compiled))
-    modes = _checked_modes(models, images, mode, named, repeats, warmup, len(compiled))
     rounds = (
         Rounds(baseline=baseline, precision=precision, budget_s=budget_s, warmup=warmup)
         if repeats is None
         else Rounds.exactly(repeats, baseline=baseline, warmup=warmup)
     )
+    modes = _checked_modes(models, images, mode, named, rounds, len(compiled))
     load = machine.load()
     warnings: list[str] = []
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
-        differences, broken = _differences(copies, images, reference)
+        if compiled:
+            torch.compiler.reset()
+        differences, broken = _differences(copies, images, reference, compiled)
         arms = [
-            _arm(name, model, images, name in compiled, differences.get(name))
+            replace(
+                _arm(name, model, images),
+                description=(descriptions or {}).get(name, ""),
+                compiled=name in compiled,
+                max_abs_diff_at_insertion=differences.get(name),
+            )
             for name, model in copies.items()
         ]
         roof = measure_roof(images.device, images.dtype)
@@ -119,6 +132,8 @@ def compare(
         with tqdm(total=known, desc="measuring", unit="step", disable=not progress) as bar:
             for current in modes:
                 bar.set_postfix_str(current)
+                if compiled and current != "infer":  # which has been compiled to compare outputs
+                    torch.compiler.reset()
                 steps, failed = _steps(copies, images, current, compiled, broken)
                 timing = time_interleaved(
                     steps, rounds=rounds, device=images.device, tick=bar.update
@@ -145,9 +160,7 @@ def compare(
         load=(load, machine.load()),
         governor=machine.governor(),
         versions=machine.versions(),
-        memory_source=(
-            "CUDA allocator" if images.device.type == "cuda" else "memory events of the profiler"
-        ),
+        memory_source="memory events of the profiler",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         roof=roof,
         arms=arms,
@@ -161,13 +174,17 @@ def _checked_modes(
     images: Tensor,
     mode: str,
     named: Sequence[str],
-    repeats: int | None,
-    warmup: int,
+    rounds: Rounds,
     num_compiled: int,
 ) -> list[Mode]:
     """The modes to measure, once everything else that was asked for makes sense."""
-    if not models or (repeats is not None and repeats < 1) or warmup < 0:
-        raise ValueError(f"expected models and repeats >= 1, got {list(models)}, {repeats=}")
+    if not models:
+        raise ValueError("expected models to compare, got none")
+    if rounds.least < 1 or rounds.warmup < 0 or not rounds.precision > 0 or rounds.budget_s < 0:
+        raise ValueError(
+            f"expected repeats >= 1, warmup >= 0, precision > 0 and budget_s >= 0, got "
+            f"{rounds.least}, {rounds.warmup}, {rounds.precision} and {rounds.budget_s}"
+        )
     if mode not in _MODES:
         raise UnknownNameError("mode", mode, _MODES)
     for name in named:
@@ -190,20 +207,21 @@ def _checked_modes(
 
 
 def _differences(
-    models: Mapping[str, nn.Module], images: Tensor, reference: str
+    models: Mapping[str, nn.Module], images: Tensor, reference: str, compiled: Collection[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Largest absolute difference of each output from the reference's, and what is wrong with some.
 
-    A reference that is wrong is nothing to be compared with.
+    Compiled arms are run compiled. A reference that is wrong is nothing to be compared with.
     """
     outputs: dict[str, Tensor] = {}
     broken: dict[str, str] = {}
     for name in sorted(models, key=lambda name: name != reference):
+        model = models[name].eval()
         try:
             with torch.inference_mode():
-                output = models[name].eval()(images)
-        except FAILURES as error:
-            if is_out_of_memory(error):
+                output = (torch.compile(model) if name in compiled else model)(images)
+        except Exception as error:
+            if name in compiled or is_out_of_memory(error):
                 broken[name] = reason(error)
                 continue
             shape = "x".join(str(s) for s in images.shape)
@@ -228,19 +246,20 @@ def _differences(
     }, broken
 
 
-def _arm(
-    name: str,
-    model: nn.Module,
-    images: Tensor,
-    compiled: bool,
-    difference: float | None,
-) -> Arm:
-    """What is known of an arm before anything is timed."""
+def _arm(name: str, model: nn.Module, images: Tensor) -> Arm:
+    """What is known of an arm before anything is run."""
     input_size = tuple(images.shape[1:])
-    inserted = cost(model, input_size)
+    try:
+        inserted = cost(model, input_size)
+    except MeasurementError as error:
+        raise MeasurementError(
+            f"the cost of {name} cannot be told without running it (does what it does depend on "
+            f"values?): {error}"
+        ) from error
     return Arm(
         name=name,
-        compiled=compiled,
+        description="",
+        compiled=False,
         params=inserted.params,
         macs=inserted.macs,
         macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
@@ -248,7 +267,7 @@ def _arm(
         sites=dict(inserted.sites),
         depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
         convolutions=_convolutions(model),
-        max_abs_diff_at_insertion=difference,
+        max_abs_diff_at_insertion=None,
         modes={},
         failures={},
     )
@@ -285,8 +304,6 @@ def _steps(
     broken: Mapping[str, str],
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """The work of every arm, done once to see that it can be done; and why some cannot."""
-    if compiled:
-        torch.compiler.reset()
     steps: dict[str, Step] = {}
     failures = dict(broken)
     for name, model in models.items():
@@ -295,7 +312,7 @@ def _steps(
         try:
             step = Step(model, images, mode, compiled=name in compiled)
             step()
-        except FAILURES as error:
+        except Exception as error:  # whatever a model raises is its own matter
             failures[name] = reason(error)
         else:
             steps[name] = step
@@ -328,14 +345,19 @@ def _measure(
     failures = {**failures, **timing.failures}
     profiled: dict[str, tuple[Profiled, Memory]] = {}
     for name in timing.samples_ms:
+        step = steps[name]
         try:
-            run = profile_step(steps[name], steps[name].images.device)
-            profiled[name] = run, measure_memory(steps[name], run.peaks)
-        except FAILURES as error:
+            run = profile_step(step, step.images.device)
+            profiled[name] = run, measure_memory(step, run.peaks)
+        except Exception as error:
             failures[name] = reason(error)
+        if not step.weights_are_finite():
+            failures[name] = _NOT_FINITE
+            profiled.pop(name, None)
         tick()
-    base_samples = timing.samples_ms.get(baseline)
-    base_memory = profiled[baseline][1].peak if baseline in profiled else None
+    has_baseline = baseline in profiled
+    base_samples = timing.samples_ms[baseline] if has_baseline else None
+    base_memory = profiled[baseline][1].peak if has_baseline else None
     measured = {}
     for name, (run, memory) in profiled.items():
         samples = timing.samples_ms[name]
@@ -374,7 +396,7 @@ def _record(steps: Mapping[str, Step], device: torch.device, folder: Path) -> It
     for name, step in steps.items():
         try:
             record_trace(step, device, folder / name)
-        except (OSError, *FAILURES) as error:
+        except Exception as error:
             for part in (folder / name).glob(f"{step.mode}.*"):
                 part.unlink()
             yield f"no trace of {step.mode} of {name} in {folder}: {reason(error)}"
@@ -396,12 +418,22 @@ def _doubts(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> 
             f"the machine was busy before: {load:.1f} processes on {cores} cores; close what runs, "
             f"and measure again"
         )
+    unsure: dict[Mode, dict[str, float]] = {}
+    few = False
     for arm in arms:
         for mode, measured in arm.modes.items():
+            few |= len(measured.samples_ms) < ENOUGH_ROUNDS
             ratio = measured.ratio
             if arm.name != baseline and ratio and ratio.half_width > rounds.precision:
-                yield (
-                    f"{mode} of {arm.name} is known to {ratio.half_width:.1%} only, not to "
-                    f"{rounds.precision:.1%}: measure longer (budget, repeats), or on a machine "
-                    f"with less noise"
-                )
+                unsure.setdefault(mode, {})[arm.name] = ratio.half_width
+    if few:
+        yield (
+            f"with fewer than {ENOUGH_ROUNDS} rounds no verdict is given, and intervals promise "
+            f"more than they know"
+        )
+    for mode, widths in unsure.items():
+        known = ", ".join(f"{name} to {width:.1%}" for name, width in widths.items())
+        yield (
+            f"ratios of {mode} are known less well than to {rounds.precision:.1%} ({known}): "
+            f"measure longer (budget, repeats), or on a machine with less noise"
+        )

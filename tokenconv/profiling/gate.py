@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling.measurement import Mode
+from tokenconv.profiling.measurement import ENOUGH_ROUNDS, Mode
 from tokenconv.profiling.results import Comparison, Measured
 
 _SAME = ("baseline", "batch_size", "input_size", "dtype", "memory_format")
@@ -72,14 +72,23 @@ def changes(now: Comparison, then: Comparison, rule: Rule) -> list[Change]:
 
     Raises:
         MeasurementError: If model, baseline, batch, size, dtype, memory format or compilation
-            differ, or an arm or a mode of then is missing now.
+            differ, an arm or a mode of then is missing now, there is nothing to judge, or there
+            were too few rounds to judge latency by.
     """
     _check_same(now, then)
     new, old = _figures(now), _figures(then)
+    if not old:
+        raise MeasurementError(
+            "what was measured before has no arm with a baseline to judge by: measure that again"
+        )
     found: list[Change] = []
     for (arm, mode), before in old.items():
-        if arm == then.baseline:
-            continue
+        for one in (new[arm, mode], before):
+            if rule.metric == "ratio" and len(one.samples_ms) < ENOUGH_ROUNDS:
+                raise MeasurementError(
+                    f"cannot judge {mode} of {arm} by {len(one.samples_ms)} rounds: measure at "
+                    f"least {ENOUGH_ROUNDS}, then and now"
+                )
         low, middle, high = _ends(new[arm, mode], rule.metric)
         old_low, old_middle, old_high = _ends(before, rule.metric)
         worst, best = high / old_low, low / old_high
@@ -87,6 +96,26 @@ def changes(now: Comparison, then: Comparison, rule: Rule) -> list[Change]:
             Change(arm, mode, rule.metric, middle / old_middle, best, worst, best > rule.limit)
         )
     return found
+
+
+def other_conditions(now: Comparison, then: Comparison) -> list[str]:
+    """What differs between two comparisons that may move ratios by itself, a line each.
+
+    Args:
+        now: A comparison.
+        then: An older one.
+    """
+    pairs = [("device", now.device, then.device), ("threads", now.threads, then.threads)]
+    versions = (now.versions, then.versions)
+    pairs += [
+        (key, *(one.get(key) for one in versions)) for key in sorted({*versions[0], *versions[1]})
+    ]
+    was = {arm.name: arm for arm in then.arms}
+    for arm in now.arms:
+        if arm.name in was:
+            pairs.append((f"parameters of {arm.name}", arm.params, was[arm.name].params))
+            pairs.append((f"MACs of {arm.name}", arm.macs, was[arm.name].macs))
+    return [f"{key}: {old} then, {new} now" for key, new, old in pairs if new != old]
 
 
 def _check_same(now: Comparison, then: Comparison) -> None:
@@ -106,17 +135,17 @@ def _check_same(now: Comparison, then: Comparison) -> None:
 
 
 def _figures(comparison: Comparison) -> dict[tuple[str, Mode], Measured]:
-    """Of the arms that have something to be compared with."""
+    """Of the arms that are compared with a baseline."""
     return {
         (arm.name, mode): measured
         for arm in comparison.arms
         for mode, measured in arm.modes.items()
-        if measured.ratio is not None
+        if arm.name != comparison.baseline and measured.ratio is not None
     }
 
 
 def _ends(measured: Measured, metric: str) -> tuple[float, float, float]:
     ratio, memory = measured.ratio, measured.memory_ratio
-    if ratio is None or memory is None:
-        raise MeasurementError("cannot judge an arm whose baseline failed: measure it again")
+    assert ratio is not None  # or it would be no figure to judge
+    assert memory is not None
     return (memory, memory, memory) if metric == "memory" else (ratio.low, ratio.median, ratio.high)

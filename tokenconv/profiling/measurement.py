@@ -39,7 +39,8 @@ class Spread:
 
 CONFIDENCE = 0.99
 """Of the intervals: high, since several arms and modes are judged at once."""
-_ENOUGH = 10  # rounds below which an interval would promise more than it knows
+ENOUGH_ROUNDS = 10
+"""Below which an interval would promise more than it knows."""
 _RESAMPLES = 2000
 
 
@@ -67,7 +68,7 @@ class Ratio(Spread):
         middle = draws.sort(dim=1).values[:, [(count - 1) // 2, count // 2]].mean(dim=1)
         ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
         low, high = middle.quantile(ends).tolist()
-        known = count >= _ENOUGH
+        known = count >= ENOUGH_ROUNDS
         verdict = "slower" if low > 1 and known else "faster" if high < 1 and known else None
         spread = vars(Spread.of(samples))
         return cls(**spread, low=low, high=high, verdict=verdict or "no difference shown")
@@ -159,7 +160,8 @@ class Step:
     """One step of work: a forward pass without gradients, or a whole training step.
 
     A training step is forward, mean square of the output as loss, backward and AdamW. The learning
-    rate is 0, which costs the same and leaves the weights as they are.
+    rate is 0, which costs the same and leaves the weights as they are, unless gradients overflow.
+    A step that fails frees what it held, so that others have the memory.
 
     Args:
         model: Is switched to evaluation or training mode.
@@ -174,26 +176,40 @@ class Step:
         self.mode = mode
         self.run: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0) if mode == "train" else None
+        eps = 1e-4 if images.dtype is torch.float16 else 1e-8  # 1e-8 is 0 in half precision
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, eps=eps) if mode == "train" else None
 
     def __call__(self) -> None:
         """Do the work once."""
-        if self.optimizer is None:
-            with torch.inference_mode(), record_phase("forward"):
-                self.run(self.images)
-            return
-        self.optimizer.zero_grad()
+        try:
+            if self.optimizer is None:
+                with torch.inference_mode(), record_phase("forward"):
+                    self.run(self.images)
+            else:
+                self._train(self.optimizer)
+        except BaseException:
+            self._release()
+            raise
+
+    def _train(self, optimizer: torch.optim.Optimizer) -> None:
         with record_phase("forward"):
             loss = self.run(self.images).float().square().mean()
         with record_phase("backward"):
             loss.backward()
         with record_phase("optimizer"):
-            self.optimizer.step()
+            optimizer.step()
+        optimizer.zero_grad()  # at the end, so that arms do not hold gradients between their turns
 
-    def release_gradients(self) -> None:
-        """Free what the last step left behind, so that the next one starts as the first did."""
+    def _release(self) -> None:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+            self.optimizer.state.clear()
+        if self.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def weights_are_finite(self) -> bool:
+        """Whether the steps have left the weights as they should."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def optimizer_state(self) -> list[Tensor]:
         """What the optimizer keeps between steps."""
@@ -248,10 +264,6 @@ class Timing:
     """Time of the rounds that was not spent in steps, over that which was."""
 
 
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, MemoryError)
-"""What a step may raise without ending the measurement of the others."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on a CPU."""
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -260,7 +272,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, LookupError):  # a key alone says nothing
+        text = f"{type(error).__name__} {text}".rstrip()
     return f"out of memory: {text}" if is_out_of_memory(error) else text
 
 
@@ -290,7 +304,7 @@ def time_interleaved(
         for name in order.sample(list(running), len(running)):
             try:
                 samples[name].append(timer(running[name]))
-            except FAILURES as error:
+            except Exception as error:  # whatever a model raises is its own matter
                 failures[name] = reason(error)
                 del running[name], samples[name]
             tick()

@@ -22,7 +22,7 @@ class Peaks:
     backward: int
     optimizer: int
     reserved: int | None
-    """Most that the CUDA allocator had taken, all in all; None on a CPU."""
+    """Most that the CUDA allocator had taken, for all arms together; None on a CPU."""
 
 
 def measure_memory(step: Step, peaks: Peaks) -> Memory:
@@ -110,6 +110,8 @@ def peaks_of(run: profile, reserved: int | None) -> Peaks:
         if event.name() == "[memory]":
             if event.device_type() == device_type:
                 moments.append((event.start_ns(), event.nbytes()))
+        elif event.device_type() != DeviceType.CPU:
+            continue  # the profiler repeats ranges on a GPU's clock; memory is taken on the CPU's
         elif (phase := phase_of_range(event.name())) is not None:
             ranges.append((phase, event.start_ns(), event.start_ns() + event.duration_ns()))
     moments.sort()

@@ -9,7 +9,7 @@ from tokenconv.costs import SiteCost
 from tokenconv.errors import MeasurementError, UnknownNameError
 from tokenconv.profiling.measurement import MIB, Mode, Phase, Ratio, Spread
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Memory:
     backward_peak: int
     optimizer_peak: int
     reserved: int | None
-    """Most that the CUDA allocator had taken from the device; None on a CPU."""
+    """Most that the CUDA allocator had taken from the device during the step, with what the other
+    arms hold; None on a CPU."""
     saved: dict[str, int]
     """What autograd keeps of the forward pass for the backward pass, by the module that it keeps it
     for; each storage once, without parameters, buffers and images. Empty for inference. Of eager
@@ -84,7 +85,8 @@ class Measured:
     memory_ratio: float | None
     """Peak over that of the baseline; None if the baseline failed."""
     time: tuple[TimeSpent, ...]
-    """Adds up to the time of a step under the profiler, which is slower than one without."""
+    """Adds up to the time of a step under the profiler, which is not that of one without; on a GPU
+    to that of its kernels."""
     operators: dict[str, Operator]
     """Calls and own time of the operators of one step, by name."""
     depthwise_ms: dict[str, float]
@@ -105,6 +107,8 @@ class Arm:
     """One of the compared modules."""
 
     name: str
+    description: str
+    """What it is, for readers who know the name only; may be empty."""
     compiled: bool
     """Whether it ran through ``torch.compile``."""
     params: int

@@ -34,6 +34,7 @@ def profile_step(step: Step, device: torch.device) -> Profiled:
     """
     on_cuda = device.type == "cuda"
     if on_cuda:
+        torch.cuda.empty_cache()  # or what earlier arms had taken counts as taken by this one
         torch.cuda.reset_peak_memory_stats(device)
     run = _run(step, device)
     attribution = Attribution(list(run.events() or ()), on_cuda=on_cuda)
@@ -93,7 +94,6 @@ def _run(step: Step, device: torch.device, folder: Path | None = None) -> profil
         activities.append(ProfilerActivity.CUDA)
     elif keeps_freed_memory():
         _touch_pages(step)
-    step.release_gradients()
     synchronize(device)
     with (
         annotated(step.model),
@@ -110,7 +110,6 @@ def _run(step: Step, device: torch.device, folder: Path | None = None) -> profil
     ):
         for _ in range(_WARMUP_STEPS + _PROFILED_STEPS):
             step()
-            step.release_gradients()
             synchronize(device)
             run.step()
     return run

@@ -15,7 +15,7 @@ from tokenconv.profiling.report.html import sweep_to_html, to_html
 from tokenconv.profiling.report.markdown import changes_table, sweep_to_markdown, to_markdown
 from tokenconv.profiling.results import Comparison, Point, write_comparison
 
-__all__ = ["changes_table", "report_folder", "write_report", "write_sweep"]
+__all__ = ["changes_table", "report_folder", "write_report", "write_sweep", "write_views"]
 
 
 @contextmanager
@@ -45,10 +45,14 @@ def report_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+_OF_COMPARISON = ("compare.*", "report.*", "traces/*/*.pt.trace.json.gz", "traces/*/*.pickle")
+
+
 def _place(staging: Path, out: Path) -> None:
-    """Move what was made; traces of an earlier run go, since they belong to no report then."""
-    for stale in out.glob("traces/*/*.pt.trace.json.gz"):
-        stale.unlink()
+    """Move what was made; with a new comparison, all that shows an earlier one goes."""
+    if (staging / "compare.json").exists():
+        for stale in (path for pattern in _OF_COMPARISON for path in out.glob(pattern)):
+            stale.unlink()
     for made in sorted(path for path in staging.rglob("*") if path.is_file()):
         target = out / made.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,11 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         folder: Exists already, see ``report_folder``.
     """
     write_comparison(comparison, folder / "compare.json")
+    write_views(comparison, folder)
+
+
+def write_views(comparison: Comparison, folder: Path) -> None:
+    """Write what ``write_report`` does, but for ``compare.json``."""
     (folder / "report.md").write_text(to_markdown(comparison), "utf-8")
     (folder / "report.html").write_text(to_html(comparison), "utf-8")
     rows = [comparison_charts(comparison, mode) for mode in comparison.modes]

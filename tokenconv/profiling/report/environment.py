@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from tokenconv.profiling.report.findings import counted
 from tokenconv.profiling.results import Comparison
 
 
@@ -36,7 +37,7 @@ def shared_environment(comparison: Comparison, about: Mapping[str, str]) -> dict
 
 def _machine(comparison: Comparison) -> dict[str, str]:
     return {
-        "device": f"{comparison.device}, {comparison.threads} threads",
+        "device": f"{comparison.device}, {counted(comparison.threads, 'thread')}",
         "governor": comparison.governor,
         "memory counted by": comparison.memory_source,
         "versions": ", ".join(f"{k} {v}" for k, v in comparison.versions.items()),

@@ -8,20 +8,63 @@ from tokenconv.profiling.measurement import Mode
 from tokenconv.profiling.results import Arm, Comparison, Measured, Point
 
 MODE_NAMES: Mapping[Mode, str] = {"infer": "Inference", "train": "A training step"}
+_MOST_NAMED = 4
 
 
 def title(about: Mapping[str, str], names: Sequence[str]) -> str:
-    """Such as ``pvt_v2_b0: attention_only, mix_ffn``."""
-    return f"{about.get('model', 'Comparison')}: {', '.join(names)}"
+    """Such as ``pvt_v2_b0: attention_only, mix_ffn``, or how many there are."""
+    named = ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} arms"
+    return f"{about.get('model', 'Comparison')}: {named}"
+
+
+def summary(comparison: Comparison) -> str:
+    """What matters most, in one sentence per mode."""
+    return " ".join(filter(None, (_verdicts(comparison, mode) for mode in comparison.modes)))
+
+
+def _verdicts(comparison: Comparison, mode: Mode) -> str:
+    """Who is slower and who is faster than the baseline; empty if nobody is compared with it."""
+    told: dict[str, list[str]] = {}
+    for arm in comparison.arms:
+        measured = arm.modes.get(mode)
+        if arm.name != comparison.baseline and measured and measured.ratio:
+            verdict = measured.ratio.verdict
+            told.setdefault(verdict, []).append(
+                f"{arm.name} ({measured.ratio.median:.2f}x the time)"
+            )
+    if not told:
+        return ""
+    parts = "; ".join(f"{verdict}: {', '.join(arms)}" for verdict, arms in told.items())
+    return f"{MODE_NAMES[mode]}, compared with {comparison.baseline}: {parts}."
+
+
+def arms(comparison: Comparison) -> dict[str, str]:
+    """What every arm is, by name."""
+    return {arm.name: _introduced(arm, comparison) for arm in comparison.arms}
+
+
+def _introduced(arm: Arm, comparison: Comparison) -> str:
+    said = [arm.description] if arm.description else []
+    if arm.name == comparison.baseline:
+        said.append("the baseline: times and memory are compared with it")
+    if arm.name == comparison.reference:
+        said.append("the reference: outputs are compared with it")
+    if arm.compiled and not arm.description:
+        said.append("through torch.compile")
+    return "; ".join(said) or "no description was given"
+
+
+def counted(count: int, thing: str) -> str:
+    """Such as ``1 image`` and ``4 images``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def introduction(comparison: Comparison) -> str:
     """What was done, for those who were not there."""
-    names = ", ".join(arm.name for arm in comparison.arms)
     return (
-        f"The arms ({names}) were given the same images, in turn and in random order: "
-        f"{setting(comparison)}. The baseline, which the others are compared with, is "
-        f"{comparison.baseline}."
+        f"{counted(len(comparison.arms), 'arm')} took turns on the same images, in random order: "
+        f"{setting(comparison)}. Whatever disturbs the machine disturbs all of them, so it is "
+        f"their ratios that are reliable."
     )
 
 
@@ -29,8 +72,8 @@ def setting(comparison: Comparison) -> str:
     """What was run on what."""
     size = "x".join(str(s) for s in comparison.input_size)
     return (
-        f"{comparison.batch_size} images of {size} in {comparison.dtype} on {comparison.device}, "
-        f"{comparison.threads} threads"
+        f"{counted(comparison.batch_size, 'image')} of {size} in {comparison.dtype} on "
+        f"{comparison.device}, {counted(comparison.threads, 'thread')}"
     )
 
 
@@ -63,7 +106,8 @@ def _of_arm(arm: Arm, comparison: Comparison) -> Iterator[str]:
 
 def _time(measured: Measured, comparison: Comparison) -> str:
     ratio, memory = measured.ratio, measured.memory_ratio
-    taken = f"{measured.latency_ms.median:.1f} ms for {comparison.batch_size} images"
+    images = counted(comparison.batch_size, "image")
+    taken = f"{measured.latency_ms.median:.1f} ms for {images}"
     if ratio is None or memory is None:
         return f"{taken}; {comparison.baseline} failed, so there is nothing to compare it with"
     return (

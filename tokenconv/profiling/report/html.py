@@ -22,7 +22,9 @@ def to_html(comparison: Comparison) -> str:
     return _render(
         "report.html.jinja",
         title=findings.title(comparison.about, [arm.name for arm in comparison.arms]),
+        summary=findings.summary(comparison),
         introduction=findings.introduction(comparison),
+        arms=findings.arms(comparison),
         findings=findings.findings(comparison),
         failures=findings.failures(comparison),
         warnings=comparison.warnings,
@@ -55,6 +57,7 @@ def sweep_to_html(points: Sequence[Point], about: Mapping[str, str]) -> str:
     return _render(
         "sweep.html.jinja",
         title=findings.title(about, findings.sweep_arms(points)),
+        summary="",  # the findings are few
         introduction=findings.sweep_introduction(points),
         findings=findings.sweep_findings(points),
         failures=findings.sweep_failures(points),

@@ -16,6 +16,7 @@ def to_markdown(comparison: Comparison) -> str:
     """The whole report of a comparison as Markdown."""
     about = comparison.about
     sections = {
+        "Arms": _facts(findings.arms(comparison)),
         "Figures": _section(tables.figures(comparison))
         + "\n\n![latency, memory, time and roofline](compare.png)",
         "Memory": _section(tables.memory(comparison)),
@@ -29,7 +30,7 @@ def to_markdown(comparison: Comparison) -> str:
     }
     return _page(
         findings.title(about, [arm.name for arm in comparison.arms]),
-        findings.introduction(comparison),
+        [findings.summary(comparison), findings.introduction(comparison)],
         findings.findings(comparison),
         {"Failed": findings.failures(comparison), "Warning": comparison.warnings},
         sections,
@@ -47,7 +48,7 @@ def sweep_to_markdown(points: Sequence[Point], about: Mapping[str, str]) -> str:
     facts = shared_environment(measured[0][1], about) if measured else about
     return _page(
         findings.title(about, findings.sweep_arms(points)),
-        findings.sweep_introduction(points),
+        [findings.sweep_introduction(points)],
         findings.sweep_findings(points),
         {"Failed": findings.sweep_failures(points), "Warning": findings.sweep_warnings(points)},
         {
@@ -70,13 +71,13 @@ def changes_table(comparison: Comparison, *, most: int | None = None) -> str:
 
 def _page(
     title: str,
-    introduction: str,
+    introduction: Sequence[str],
     found: Sequence[str],
     notes: Mapping[str, Sequence[str]],
     sections: Mapping[str, str],
 ) -> str:
-    parts = [f"# {title}", introduction, "\n".join(f"- {line}" for line in found)]
-    parts += ["\n".join(f"> {kind}: {line}" for line in lines) for kind, lines in notes.items()]
+    parts = [f"# {title}", *introduction, "\n".join(f"- {line}" for line in found)]
+    parts += ["\n".join(f"> - {kind}: {line}" for line in lines) for kind, lines in notes.items()]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -22,8 +22,9 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer", "between")
 
 
 def figures(comparison: Comparison) -> Table:
-    """The result as on the terminal, with what is compiled and the ratio of the memory."""
+    """The result as on the terminal, with the ratio of the memory and what is compiled, if any."""
     header, *lines = table(comparison)
+    some_compiled = any(arm.compiled for arm in comparison.arms)
     rows = []
     for line, (mode, arm) in zip(lines, product(comparison.modes, comparison.arms), strict=True):
         measured = arm.modes.get(mode)
@@ -34,9 +35,10 @@ def figures(comparison: Comparison) -> Table:
         rows.append([
             *map(Cell, line, values),
             number(measured and measured.memory_ratio, ".3f", "x"),
-            Cell("yes" if arm.compiled else "no"),
+            *(words("yes" if arm.compiled else "no") if some_compiled else ()),
         ])  # fmt: skip
-    return Table(_FIGURES, (*header, "memory vs baseline", "compiled"), rows, keys=2)
+    added = ("memory vs baseline", *(("compiled",) if some_compiled else ()))
+    return Table(_FIGURES, (*header, *added), rows, keys=2)
 
 
 def _sorted_by(measured: Measured | None) -> Iterable[float | None]:
@@ -94,9 +96,10 @@ def categories(comparison: Comparison) -> list[str]:
     return [name for name in dict.fromkeys(one.category for one in spent) if name in used]
 
 
-def phase_ms(measured: Measured, phase: Phase) -> float:
-    """Time of a phase under the profiler."""
-    return sum(spent.ms for spent in measured.time if spent.phase == phase)
+def phase_share(measured: Measured, phase: Phase) -> float:
+    """Share of the time that a phase takes."""
+    total = sum(spent.ms for spent in measured.time)
+    return sum(spent.ms for spent in measured.time if spent.phase == phase) / (total or 1)
 
 
 def _columns(comparison: Comparison) -> list[str]:
@@ -132,7 +135,8 @@ def sites(comparison: Comparison, *, aggregated: bool) -> Table:
         header += _SITE_TIMES[mode]
     caption = (
         "MACs (in millions) and traffic are for one image; time, share of the step and what is "
-        "saved for the backward pass are for the batch. Time is under the profiler."
+        "saved for the backward pass are for the batch. Time is under the profiler, which cannot "
+        "tell modules apart in what is compiled."
     )
     return Table(caption, header, rows, keys=2)
 
@@ -159,10 +163,11 @@ def _site_row(arm: Arm, name: str, members: Sequence[str], modes: Iterable[Mode]
             continue
         own = [spent for spent in measured.time if spent.site in members]
         total = sum(spent.ms for spent in measured.time)
-        row.append(number(sum(s.ms for s in own if s.phase == "forward"), ".2f"))
-        if mode == "train":
-            row.append(number(sum(s.ms for s in own if s.phase == "backward"), ".2f"))
-        row.append(number(sum(s.ms for s in own) / total if total else None, ".1%"))
+        for phase in ("forward", "backward") if mode == "train" else ("forward",):
+            ms = sum(s.ms for s in own if s.phase == phase)
+            row.append(NOTHING if arm.compiled else number(ms, ".2f"))
+        share = sum(s.ms for s in own) / total if total and not arm.compiled else None
+        row.append(number(share, ".1%"))
         if mode == "train":
             row.append(number(sum(_saved_under(measured, member) for member in members) / MIB))
     return row
@@ -204,7 +209,7 @@ def saved_activations(comparison: Comparison, *, most: int) -> Table:
         foot.insert(0, _saved_row(f"{len(others)} others", kept, others))
     return Table(
         "Activations saved for the backward pass of a batch, in MiB. * stands for any number.",
-        ["module", *(arm.name for arm in arms)],
+        ["module", *(f"{arm.name}, run eagerly" if arm.compiled else arm.name for arm in arms)],
         rows,
         foot=foot if names else (),
     )

@@ -10,7 +10,8 @@ from tokenconv.profiling.report.charts.chart import INK, Chart
 from tokenconv.profiling.report.charts.ladder import BAR, GAP, LINE, Ladder, legend_height
 from tokenconv.profiling.report.charts.palette import BASELINE, COLORS, fills
 from tokenconv.profiling.report.charts.roofline import roofline
-from tokenconv.profiling.report.tables import PHASES, categories, phase_ms
+from tokenconv.profiling.report.findings import counted
+from tokenconv.profiling.report.tables import PHASES, categories, phase_share
 from tokenconv.profiling.results import Arm, Comparison, Measured, Memory
 
 _MEMORY: dict[str, Callable[[Memory], int]] = {
@@ -20,7 +21,7 @@ _MEMORY: dict[str, Callable[[Memory], int]] = {
     "optimizer state": lambda memory: memory.optimizer_state,
     "peak of the step": lambda memory: memory.peak - memory.held,
 }
-_PROFILED = "Under the profiler, which slows the step down: good for shares, not for latency."
+_PROFILED = "Of a step under the profiler, which says where time goes and not how long it takes."
 
 
 def comparison_charts(comparison: Comparison, mode: Mode) -> list[Chart]:
@@ -58,7 +59,7 @@ def _latency(comparison: Comparison, mode: Mode) -> Chart:
         comparison,
         mode,
         name="latency",
-        title=f"latency of {comparison.batch_size} images",
+        title=f"latency of {counted(comparison.batch_size, 'image')}",
         note="Median; whiskers are the interquartile range; ratio with its 99% interval.",
         most=lambda one: one.latency_ms.q75,
         value=value,
@@ -123,11 +124,11 @@ def _phases(comparison: Comparison, mode: Mode) -> Chart:
         comparison,
         mode,
         name="phases",
-        title="time by phase [ms]",
-        parts=lambda one: {phase: phase_ms(one, phase) for phase in PHASES},
+        title="share of the time by phase",
+        parts=lambda one: {phase: phase_share(one, phase) for phase in PHASES},
         legend=dict(zip(PHASES, fills(len(PHASES)), strict=True)),
-        form=_short,
-        value=lambda arm, one: f"{_short(sum(spent.ms for spent in one.time))} ms",
+        form=lambda share: f"{share:.0%}",
+        value=lambda arm, one: "",
     )
 
 

@@ -6,11 +6,11 @@ from matplotlib.colors import to_hex, to_rgb
 
 COLORS = (
     "#3f88c5", "#d9702e", "#2f9e77", "#b06fc4", "#c9605f", "#a3861d", "#4f9fa8", "#b07a5e",
-    "#808790",
+    "#7d84d1", "#808790",
 )  # fmt: skip
 BASELINE = "#808790"
-MARKERS = "os^DvPX<>"
-_HATCHES = ("", "////", "++++", "\\\\\\\\", "xxxx", "||||", "//--", "||\\\\", "----")
+MARKERS = "os^DvPX<>*"
+_HATCHES = ("", "////", "++++", "\\\\\\\\", "xxxx", "||||", "//--", "||\\\\", "\\\\--", "----")
 
 
 def fills(count: int) -> list[dict[str, str | float]]:
