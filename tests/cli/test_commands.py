@@ -30,7 +30,7 @@ from tokenconv.cli import commands, main
 from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, load_images
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling import read_comparison
+from tokenconv.profiling import read_comparison, report
 from tokenconv.profiling.results import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +286,27 @@ def test_other_conditions_are_told_and_few_rounds_judge_no_latency(vit: Run, tmp
     assert f"note: device: a Cray then, {vit.content['device']} now" in run.out
     assert "note: threads: 64 then, 1 now" in run.out
     assert (run.folder / "report.html").is_file()
+
+
+def test_what_was_measured_is_kept_where_it_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").write_text("of an earlier run")
+    monkeypatch.setattr(report, "write_figures", fail)
+    options = "test_vit --block mix_ffn --img-size 32 --batch-size 1 --repeats 1 --trace"
+    run = compare(tmp_path / "report", options)
+    assert run.status == 1
+    assert "cannot write a report to" in run.err
+    assert "No space left on device" in run.err
+    assert [arm.name for arm in read_comparison(run.folder / "compare.json").arms] == [
+        "baseline", "mix_ffn",
+    ]  # fmt: skip
+    assert list(run.folder.glob("traces/*/*.pt.trace.json.gz"))
+    assert not (run.folder / "report.html").exists(), "it shows other figures"
 
 
 def test_a_missing_earlier_run_is_told_before_measuring(tmp_path: Path):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tokenconv.cli import commands, main
 from tokenconv.errors import MeasurementError
-from tokenconv.profiling import read_comparison
+from tokenconv.profiling import machine, read_comparison
 
 FAST = "compare test_vit --block mix_ffn --repeats 1 --mode infer --batch-size 1"
 SIZES = "--sweep img-size=32,32x64"
@@ -146,6 +147,37 @@ def test_a_point_that_cannot_be_read_is_measured_again(
     assert read_comparison(path).batch_size == 1
 
 
+def test_a_point_of_another_machine_is_measured_again(
+    tmp_path: Path, measured: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    words = f"{FAST} --sweep img-size=32"
+    run(words, tmp_path)
+    for name, value in (
+        ("device_name", "a Cray"),
+        ("versions", {"torch": "3.0"}),
+    ):
+        monkeypatch.setattr(machine, name, lambda *args, value=value: value)
+        measured.clear()
+        assert run(words, tmp_path)[0] == 0
+        assert len(measured) == 1, name
+        assert run(words, tmp_path)[0] == 0
+        assert len(measured) == 1, "it is known now"
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, measured: list[tuple[int, ...]]):
+    (tmp_path / "points" / ".img-size=32-unfinished").mkdir(parents=True)
+    (tmp_path / "points" / ".DS_Store").touch()
+    with FileLock(tmp_path / ".lock"):
+        status, _, err = run(f"{FAST} --sweep img-size=32", tmp_path)
+    assert status == 1
+    assert "another sweep is running in" in err
+    assert (tmp_path / "points" / ".img-size=32-unfinished").is_dir(), "it may be the other's"
+    assert measured == []
+    assert run(f"{FAST} --sweep img-size=32", tmp_path)[0] == 0
+    assert not (tmp_path / "points" / ".img-size=32-unfinished").exists()
+    assert (tmp_path / "points" / ".DS_Store").exists()
+
+
 def test_a_point_that_fails_loses_no_other_and_is_tried_again(
     tmp_path: Path, measured: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -199,6 +231,8 @@ def test_a_sweep_of_nothing_is_an_error(tmp_path: Path, measured: list[tuple[int
         ("--sweep memory-format=nhwc", "invalid choice: 'nhwc'"),
         ("--sweep batch-size=1,2 --against old.json", "--against takes one comparison"),
         ("--swee batch-size=1,2", "unrecognized arguments"),
+        ("--sweep batch-size=1 --sweep batch-size=2", "--sweep batch-size twice: give all values"),
+        ("--fail-if ratio>1.1", "--fail-if says what is worse than a comparison"),
     ],
 )
 def test_sweeps_that_make_no_sense_are_wrong_usage(
@@ -231,4 +265,4 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert names(tmp_path) == POINTS
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert not list(tmp_path.rglob(".*")), "left by the run that was killed"
+    assert not [path for path in tmp_path.rglob(".*") if path.is_dir()], "left by the killed run"

@@ -22,7 +22,8 @@ from tokenconv.profiling.results import (
 MODES: tuple[Mode, ...] = ("infer", "train")
 SHARES = {
     "attention": 0.4, "MLP matmul": 0.1, "depthwise convolution": 0.1, "normalisation": 0.1,
-    "activation": 0.1, "layout copies": 0.1, "other": 0.1,
+    "activation": 0.1, "layout copies": 0.1, "other convolution": 0.02, "inserted matmul": 0.02,
+    "optimizer": 0.02, "other": 0.04,
 }  # fmt: skip
 PHASES: dict[Mode, dict[Phase, float]] = {
     "infer": {"forward": 1.0},

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tokenconv as tc
 from tokenconv.profiling import traces
-from tokenconv.profiling.attribution import Attribution, Category, annotated
+from tokenconv.profiling.attribution import Attribution, Category, _labels, annotated
 from tokenconv.profiling.measurement import Mode, Step
 from tokenconv.profiling.traces import Profiled, profile_step
 
@@ -270,6 +270,34 @@ def test_own_times_add_up_to_the_whole(model: Any, mode: Mode):
     expected = {"forward", "backward", "optimizer"} if mode == "train" else {"forward"}
     assert {phase for phase, ms in phases.items() if ms > 0} == {*expected, "between"}
     assert phases["between"] < 0.2 * whole
+
+
+def test_what_the_optimizer_does_is_the_optimizers():
+    """Also its copies of scalars, which are no layout copies."""
+    found = profiled(vit(), images(2, 3, 96, 96), "train").time
+    assert {s.category for s in found if s.phase == "optimizer"} == {Category.OPTIMIZER}
+    assert {s.phase for s in found if s.category == Category.OPTIMIZER and s.ms} == {"optimizer"}
+
+
+def test_attention_is_found_where_its_name_tells_nothing():
+    with torch.device("meta"):
+        model = timm.create_model("caformer_s18")
+    names = [name for name, _ in model.named_modules() if name.endswith("token_mixer")]
+    assert {name for name, labels in _labels(model).items() if "attention" in labels[0]} == {
+        name for name in names if "stages.2" in name or "stages.3" in name
+    }
+
+
+def test_time_of_convolutions_is_that_of_one_step():
+    """The time of the profiler's range, by the number of profiled steps."""
+    step = Step(vit(), images(2, 3, 96, 96), "infer")
+    step()
+    events = list(traces._run(step, CPU).events() or ())
+    name = "blocks.0.mlp.act.before"
+    whole = sum(
+        e.cpu_time_total for e in events if e.name.endswith(f"depthwise convolution: {name}")
+    )
+    assert Attribution(events).depthwise_ms(2)[name] == pytest.approx(whole / 2 / 1e3)
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])

@@ -289,6 +289,34 @@ def test_arms_are_compiled_as_asked_for(
     assert len(compiled_modules) == 2 * len(expected), "once to compare outputs, once to time"
 
 
+def test_outputs_of_compiled_arms_are_those_that_are_looked_at(
+    planned: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+):
+    planned |= {"a": [1], "b": [1]}
+    models = {"a": net(), "b": net(), "c": net()}
+    wrong = {"b": lambda out: out + 0.25, "c": lambda out: out * float("nan")}
+
+    def miscompile(model: nn.Module) -> Any:
+        return lambda x: wrong[model.own_name](model(x))
+
+    for name, model in models.items():
+        model.own_name = name  # which copies have as well
+    monkeypatch.setattr(torch, "compile", miscompile)
+    result = compare(models, images(), mode="infer", repeats=1, compiled=["b", "c"])
+    assert result.arm("b").max_abs_diff_at_insertion == pytest.approx(0.25, abs=1e-6)
+    assert "not finite" in result.arm("c").failures["infer"]
+
+
+def test_what_cannot_be_compiled_fails_the_arm(monkeypatch: pytest.MonkeyPatch):
+    def fail(model: nn.Module) -> Any:
+        raise NotImplementedError("no compiler for this")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    result = compare({"a": net(), "b": net()}, images(), mode="infer", repeats=1, compiled=["b"])
+    assert result.arm("b").failures == {"infer": "no compiler for this"}
+    assert list(result.arm("a").modes) == ["infer"]
+
+
 def test_dtype_is_that_of_the_images(planned: dict[str, list[float]]):
     planned |= {"a": [1]}
     result = compare({"a": net().double()}, images().double(), mode="infer", repeats=1)
@@ -457,6 +485,56 @@ def test_an_arm_that_cannot_be_trained_keeps_its_other_figures():
     assert list(frozen.modes) == ["infer"]
     assert list(frozen.failures) == ["train"]
     assert "parameter list" in frozen.failures["train"]
+
+
+def test_an_arm_may_raise_whatever_it_likes():
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise KeyError("k")
+            return self.net(x)
+
+    result = compare({"a": net(), "b": Raises()}, images(), repeats=2)
+    assert result.arm("b").failures == {"train": "KeyError 'k'"}
+    assert list(result.arm("b").modes) == ["infer"]
+    assert list(result.arm("a").modes) == ["infer", "train"]
+
+
+def test_weights_that_overflow_fail_the_arm():
+    class Overflows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] + 1e6  # more than there is in half precision
+
+    class Big(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Overflows.apply(self.net(x))
+
+    half = {"a": net().half(), "b": Big().half()}
+    result = compare(half, images().half(), mode="train", repeats=2)
+    assert "its weights are not finite after training steps" in result.arm("b").failures["train"]
+    assert list(result.arm("a").modes) == ["train"]
+
+
+def test_a_model_that_must_see_values_is_named():
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(MeasurementError, match="the cost of b cannot be told without running it"):
+        compare({"a": nn.Flatten(), "b": Looks()}, images(), repeats=1)
 
 
 def test_outputs_that_mean_nothing_fail_the_arm():

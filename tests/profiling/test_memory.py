@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 import tokenconv as tc
 from tokenconv.profiling.measurement import Mode, Step
-from tokenconv.profiling.memory import measure_memory, saved_activations
+from tokenconv.profiling.memory import Peaks, measure_memory, peaks_of, saved_activations
 from tokenconv.profiling.results import Memory
 from tokenconv.profiling.traces import profile_step
 
@@ -87,6 +91,50 @@ def test_the_peak_of_the_forward_pass_is_that_of_a_known_buffer(
     assert found.forward_peak / MIB == pytest.approx(expected_mib, rel=0.001)
     assert found.backward_peak < MIB / 10
     assert found.peak == found.held + found.forward_peak
+
+
+@dataclass
+class Event:
+    """What the profiler tells, in nanoseconds."""
+
+    label: str
+    start: int
+    length: int = 0
+    change: int = 0
+    device: DeviceType = DeviceType.CPU
+
+    def name(self) -> str:
+        return self.label
+
+    def start_ns(self) -> int:
+        return self.start
+
+    def duration_ns(self) -> int:
+        return self.length
+
+    def nbytes(self) -> int:
+        return self.change
+
+    def device_type(self) -> DeviceType:
+        return self.device
+
+
+def test_peaks_on_a_gpu_are_timed_by_the_cpu():
+    """A GPU runs the forward pass when the CPU is in the backward pass already."""
+    gpu = DeviceType.CUDA
+    events = [
+        Event("[memory]", 150, change=7, device=gpu),
+        Event("[memory]", 120, change=100, device=gpu),  # events come in any order
+        Event("[memory]", 125, change=10**9),  # of the CPU
+        Event("tokenconv: forward", 100, 100),
+        Event("tokenconv: backward", 200, 100),
+        Event("tokenconv: forward", 190, 400, device=gpu),
+        Event("[memory]", 130, change=-100, device=gpu),
+        Event("[memory]", 250, change=1000, device=gpu),
+    ]
+    results = SimpleNamespace(events=lambda: events)
+    run: Any = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    assert peaks_of(run, reserved=5000) == Peaks(100, 1007, 0, 5000)
 
 
 class AllocatesBackward(torch.autograd.Function):
