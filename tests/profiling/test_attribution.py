@@ -220,6 +220,15 @@ def test_operators_are_known_by_name(
     assert found == {category}
 
 
+def test_the_bias_that_a_matmul_copies_is_no_layout_copy():
+    model, batch = Planted("mlp", nn.Linear(8, 8)), images(4, 8)
+    with annotated(model), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
+        model(batch)
+    classifier = Attribution([e for e in run.events() or () if e.device_type == DeviceType.CPU])
+    copies = [event for event in classifier.events if event.name == "aten::copy_"]
+    assert {classifier.category(event) for event in copies} == {Category.MLP_MATMUL}
+
+
 def test_autograd_nodes_belong_to_what_they_undo(
     operators: list[tuple[str, set[int], Category, bool]],
 ):
