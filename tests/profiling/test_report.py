@@ -94,10 +94,36 @@ def test_report_begins_with_what_was_found(report: str):
 def test_report_sums_up_before_all(report: str):
     first = report.splitlines()[2]
     assert first == (
-        "Inference, compared with attention_only: slower: original (1.44x the time), mix_ffn "
-        "(2.25x the time). A training step, compared with attention_only: slower: original (1.44x "
-        "the time), mix_ffn (2.25x the time)."
+        "Inference: original (1.44x the time) and mix_ffn (2.25x the time) are slower than "
+        "attention_only. A training step: original (1.44x the time) and mix_ffn (2.25x the time) "
+        "are slower than attention_only."
     )
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "told"),
+    [
+        (("faster", "slower"), "original (1.44x the time) is faster than attention_only; mix_ffn"),
+        (("slower", "faster"), "mix_ffn (2.25x the time) is faster than attention_only."),
+        (
+            ("no difference shown", "slower"),
+            "no difference from attention_only is shown for original (1.44x the time); mix_ffn",
+        ),
+    ],
+)
+def test_every_verdict_has_its_words(made_up: MakeUp, verdicts: tuple[str, str], told: str):
+    made = made_up(("infer",))
+    for name, verdict in zip(("original", "mix_ffn"), verdicts, strict=True):
+        figures = made.arm(name).modes["infer"]
+        ratio = dataclasses.replace(figures.ratio, verdict=verdict)
+        made = changed(made, name, modes={"infer": dataclasses.replace(figures, ratio=ratio)})
+    assert told in to_markdown(made).splitlines()[2]
+
+
+def test_nothing_is_summed_up_where_nothing_is_compared(made_up: MakeUp):
+    made = made_up(("infer",))
+    alone = dataclasses.replace(made, arms=made.arms[:1])
+    assert to_markdown(alone).splitlines()[2].startswith("1 arm took turns")
 
 
 def test_report_says_what_the_arms_are(report: str):

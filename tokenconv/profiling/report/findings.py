@@ -24,18 +24,24 @@ def summary(comparison: Comparison) -> str:
 
 def _verdicts(comparison: Comparison, mode: Mode) -> str:
     """Who is slower and who is faster than the baseline; empty if nobody is compared with it."""
+    baseline = comparison.baseline
     told: dict[str, list[str]] = {}
     for arm in comparison.arms:
         measured = arm.modes.get(mode)
-        if arm.name != comparison.baseline and measured and measured.ratio:
-            verdict = measured.ratio.verdict
-            told.setdefault(verdict, []).append(
-                f"{arm.name} ({measured.ratio.median:.2f}x the time)"
-            )
-    if not told:
-        return ""
-    parts = "; ".join(f"{verdict}: {', '.join(arms)}" for verdict, arms in told.items())
-    return f"{MODE_NAMES[mode]}, compared with {comparison.baseline}: {parts}."
+        if arm.name != baseline and measured and measured.ratio:
+            ratio = measured.ratio
+            told.setdefault(ratio.verdict, []).append(f"{arm.name} ({ratio.median:.2f}x the time)")
+    parts = [
+        f"no difference from {baseline} is shown for {_listed(names)}"
+        if verdict == "no difference shown"
+        else f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {verdict} than {baseline}"
+        for verdict, names in told.items()
+    ]
+    return f"{MODE_NAMES[mode]}: {'; '.join(parts)}." if parts else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def arms(comparison: Comparison) -> dict[str, str]:
