@@ -503,14 +503,21 @@ def test_interrupting_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.compile
 @pytest.mark.slow
 def test_compare_compiled(tmp_path: Path):
+    torch._dynamo.utils.counters.clear()
     run = compare(
         tmp_path / "report",
-        "test_vit --block mix_ffn --batch-size 1 --repeats 1 --mode infer --compile",
+        "test_vit --block mix_ffn --batch-size 1 --repeats 1 --mode infer --compile both",
     )
     assert run.status == 0, run.err
-    assert run.content["compiled"] is True
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for each arm"
+    assert {arm["name"]: arm["compiled"] for arm in run.content["arms"]} == {
+        "baseline": False, "mix_ffn": False, "baseline_compiled": True, "mix_ffn_compiled": True,
+    }  # fmt: skip
     assert run.arm("mix_ffn")["max_abs_diff_at_insertion"] == 0
-    assert "- compiled: yes" in (run.folder / "report.md").read_text()
+    assert run.arm("mix_ffn_compiled")["max_abs_diff_at_insertion"] < 1e-5
+    assert run.arm("mix_ffn_compiled")["description"] == "mix_ffn through torch.compile"
+    report = (run.folder / "report.md").read_text()
+    assert "- compiled: baseline_compiled, mix_ffn_compiled" in report
 
 
 # --- list and plan ---

@@ -292,8 +292,8 @@ def test_a_click_sorts_by_numbers(visit: Callable[..., Visit]):
     table = visit("failed").page.locator("#figures ~ div table")
     header = table.locator(COLUMN.format("latency"))
     assert header.get_attribute("aria-sort") is None
-    assert column(table, "latency")[0] == "20.0 (4.0)"
-    up = ["20.0 (4.0)", "28.8 (5.8)", "45.0 (9.0)", "80.0 (16.0)", "115.2 (23.0)", "-"]
+    assert column(table, "latency")[0] == "20.0 (4.00)"
+    up = ["20.0 (4.00)", "28.8 (5.76)", "45.0 (9.00)", "80.0 (16.0)", "115.2 (23.0)", "-"]
     header.locator("button").click()
     assert column(table, "latency") == up
     assert header.get_attribute("aria-sort") == "ascending"

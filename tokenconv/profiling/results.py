@@ -306,7 +306,7 @@ def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
 
 def _short(value: float) -> str:
     """With a decimal, and with three digits that count."""
-    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _interval(ratio: Ratio | None) -> str:
