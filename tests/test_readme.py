@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tokenconv.cli import main
+from tokenconv.profiling import read_comparison
+from tokenconv.profiling.report.markdown import to_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,7 +50,7 @@ def test_readme_has_commands():
 
 
 def _command(line):
-    takes_long = "--sweep" in line or "--beside" in line
+    takes_long = any(option in line for option in ("--sweep", "--beside", "--budget"))
     return pytest.param(line, marks=pytest.mark.slow if takes_long else ())
 
 
@@ -69,6 +71,20 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         assert made == {*reports, "compare.json", "compare.png", "compare.svg", *traces}
     else:
         assert made == set()
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_v2_b0"])
+def test_tables_are_those_that_the_command_made(model):
+    kept = f"benchmarks/results/0.1.0/compare-{model}--2-core-avx512--cpu.json"
+    comparison = read_comparison(ROOT / kept)
+    command, _, _ = comparison.about["command"].partition(" --out ")
+    assert command in COMMANDS
+    assert f"({kept})" in README
+    shown = README[README.index(command) :]
+    report = to_markdown(comparison)
+    rows = [line for line in report[report.index("## Figures") :].splitlines() if "|" in line]
+    count = 2 + len(comparison.modes) * len(comparison.arms)
+    assert "\n".join(rows[:count]) in shown
 
 
 def test_links_lead_somewhere():

@@ -83,6 +83,13 @@ def test_other_models_stand_beside_at_the_same_size():
     assert arms["pvt_v2_b1"].state_dict().keys() == plain.state_dict().keys()
 
 
+def test_other_models_have_as_many_classes():
+    """timm's TinyViT has those of ImageNet-22k."""
+    model = build_model("test_vit")
+    beside = build_arms(model, [], beside=["tiny_vit_5m_224"], image_size=(160, 160))
+    assert beside.models["tiny_vit_5m_224"].num_classes == model.num_classes == 1000
+
+
 def test_what_cannot_stand_beside():
     vit = build_model("test_vit")
     options = {"image_size": (160, 160)}

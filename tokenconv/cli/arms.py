@@ -98,7 +98,8 @@ def build_arms(
             models[arm] = _naive(made)
             told[arm] = f"{hybrid}, whose depthwise convolutions copy tokens to maps and back"
         else:
-            models[name] = build_model(name, image_size)
+            classes: Any = getattr(model, "num_classes", None)  # timm's models have it
+            models[name] = build_model(name, image_size, num_classes=classes)
             told[name] = f"{name} as timm has it, of other size and weights"
     return Arms(models, told, reference)
 

@@ -16,9 +16,19 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
 def build_model(
-    name: str, img_size: tuple[int, int] | None = None, *, pretrained: bool = False
+    name: str,
+    img_size: tuple[int, int] | None = None,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
     """Make a timm model for an image size.
+
+    Args:
+        name: Of the model.
+        img_size: Rows and columns; None takes the model's own.
+        num_classes: None takes the model's own.
+        pretrained: Load its weights.
 
     Raises:
         UnknownNameError: If timm has no such model.
@@ -29,7 +39,7 @@ def build_model(
     torch.manual_seed(0)
     try:
         config = timm.get_pretrained_cfg(name)
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         if img_size:
             kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
             if config is not None and config.fixed_input_size:
