@@ -201,12 +201,14 @@ def test_warns_of_a_busy_machine_and_of_what_is_not_known_well(
 ):
     monkeypatch.setattr(comparison.os, "getloadavg", lambda: (7.5, 0, 0))
     monkeypatch.setattr(comparison.os, "cpu_count", lambda: 4)
-    planned |= {"a": [1.0] * 20, "b": [1.0, 2.0] * 10, "c": [1.5] * 20}
-    models = {"a": net(), "b": net(), "c": net()}
+    planned |= {"a": [1.0] * 20, "b": [1.0, 2.0] * 10, "c": [1.5] * 20, "d": [1.0, 1.5] * 10}
+    models = {name: net() for name in planned}
     result = compare(models, images(), mode="infer", repeats=20)
     busy, unknown = result.warnings
     assert busy.startswith("the machine was busy before: 7.5 processes on 4 cores")
-    assert unknown.startswith("ratios of infer are known less well than to 2.0% (b to 33.3%): ")
+    assert unknown.startswith(
+        "ratios of infer are known less well than to 2.0% (2 arms, at worst b to 33.3%): "
+    )
     assert result.load == (7.5, 7.5)
     assert all(f"warning: {line}" in str(result) for line in result.warnings)
 

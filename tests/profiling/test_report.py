@@ -120,6 +120,17 @@ def test_every_verdict_has_its_words(made_up: MakeUp, verdicts: tuple[str, str],
     assert told in to_markdown(made).splitlines()[2]
 
 
+def test_many_arms_are_summed_up_by_their_number(made_up: MakeUp):
+    made = made_up(("infer",))
+    *others, last = made.arms
+    more = [dataclasses.replace(last, name=f"mix_ffn_{i}") for i in range(3)]
+    report = to_markdown(dataclasses.replace(made, arms=(*others, last, *more)))
+    assert report.startswith("# pvt_v2_b0: 6 arms\n")
+    assert report.splitlines()[2] == (
+        "Inference: 5 arms (1.44x to 2.25x the time) are slower than attention_only."
+    )
+
+
 def test_nothing_is_summed_up_where_nothing_is_compared(made_up: MakeUp):
     made = made_up(("infer",))
     alone = dataclasses.replace(made, arms=made.arms[:1])

@@ -432,7 +432,10 @@ def _doubts(arms: Sequence[Arm], baseline: str, rounds: Rounds, load: float) -> 
             f"more than they know"
         )
     for mode, widths in unsure.items():
-        known = ", ".join(f"{name} to {width:.1%}" for name, width in widths.items())
+        worst = max(widths, key=lambda name: widths[name])
+        known = f"{worst} to {widths[worst]:.1%}"
+        if len(widths) > 1:
+            known = f"{len(widths)} arms, at worst {known}"
         yield (
             f"ratios of {mode} are known less well than to {rounds.precision:.1%} ({known}): "
             f"measure longer (budget, repeats), or on a machine with less noise"

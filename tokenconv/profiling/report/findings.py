@@ -25,19 +25,29 @@ def summary(comparison: Comparison) -> str:
 def _verdicts(comparison: Comparison, mode: Mode) -> str:
     """Who is slower and who is faster than the baseline; empty if nobody is compared with it."""
     baseline = comparison.baseline
-    told: dict[str, list[str]] = {}
+    told: dict[str, dict[str, float]] = {}
     for arm in comparison.arms:
         measured = arm.modes.get(mode)
         if arm.name != baseline and measured and measured.ratio:
-            ratio = measured.ratio
-            told.setdefault(ratio.verdict, []).append(f"{arm.name} ({ratio.median:.2f}x the time)")
-    parts = [
-        f"no difference from {baseline} is shown for {_listed(names)}"
-        if verdict == "no difference shown"
-        else f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {verdict} than {baseline}"
-        for verdict, names in told.items()
-    ]
+            told.setdefault(measured.ratio.verdict, {})[arm.name] = measured.ratio.median
+    parts = []
+    for verdict, ratios in told.items():
+        names = _named(ratios, short=len(comparison.arms) > _MOST_NAMED)
+        is_or_are = "is" if len(ratios) == 1 else "are"
+        parts.append(
+            f"no difference from {baseline} is shown for {names}"
+            if verdict == "no difference shown"
+            else f"{names} {is_or_are} {verdict} than {baseline}"
+        )
     return f"{MODE_NAMES[mode]}: {'; '.join(parts)}." if parts else ""
+
+
+def _named(ratios: Mapping[str, float], *, short: bool) -> str:
+    """Arms and their ratios; of many how many they are, and the range."""
+    if short and len(ratios) > 1:
+        low, high = min(ratios.values()), max(ratios.values())
+        return f"{len(ratios)} arms ({low:.2f}x to {high:.2f}x the time)"
+    return _listed([f"{name} ({ratio:.2f}x the time)" for name, ratio in ratios.items()])
 
 
 def _listed(names: Sequence[str]) -> str:
