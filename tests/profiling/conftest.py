@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tokenconv.costs import SiteCost
 from tokenconv.profiling.measurement import MIB, Mode, Ratio, Spread
+from tokenconv.profiling.report import write_report
 from tokenconv.profiling.results import (
     Arm,
     Comparison,
@@ -204,3 +206,11 @@ def failed() -> Callable[[Comparison, str, Mode], Comparison]:
 def sweep() -> list[Point]:
     """A sweep of nine points."""
     return make_sweep()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, made_up: Callable[..., Comparison]) -> Path:
+    """The files of a report."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(made_up(), folder)
+    return folder

@@ -530,6 +530,14 @@ def test_weights_that_overflow_fail_the_arm():
     assert list(result.arm("a").modes) == ["train"]
 
 
+def test_weights_that_are_not_trained_may_be_infinite():
+    """Such as a mask that is a parameter."""
+    masked = nn.Sequential(net())
+    masked.mask = nn.Parameter(torch.tensor([0.0, float("-inf")]), requires_grad=False)
+    result = compare({"a": net(), "b": masked}, images(), repeats=1)
+    assert list(result.arm("b").modes) == ["infer", "train"]
+
+
 def test_a_model_that_must_see_values_is_named():
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

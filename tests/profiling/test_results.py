@@ -115,7 +115,7 @@ def test_an_arm_that_failed_has_a_row_that_says_so(measured: Comparison):
 
 @pytest.mark.parametrize(
     ("ms", "shown"),
-    [(1234.56, "1234.6"), (10.04, "10.0"), (9.876, "9.88"), (4.0, "4.00"), (0.01234, "0.0123")],
+    [(1234.56, "1,234.6"), (10.04, "10.0"), (9.876, "9.88"), (4.0, "4.00"), (0.01234, "0.0123")],
 )
 def test_latency_has_three_digits_that_count(measured: Comparison, ms: float, shown: str):
     net = measured.arm("net")

@@ -118,11 +118,13 @@ def compare(
             torch.compiler.reset()
         differences, broken = _differences(copies, images, reference, compiled)
         arms = [
-            replace(
-                _arm(name, model, images),
+            _arm(
+                name,
+                model,
+                images,
                 description=(descriptions or {}).get(name, ""),
                 compiled=name in compiled,
-                max_abs_diff_at_insertion=differences.get(name),
+                difference=differences.get(name),
             )
             for name, model in copies.items()
         ]
@@ -246,7 +248,15 @@ def _differences(
     }, broken
 
 
-def _arm(name: str, model: nn.Module, images: Tensor) -> Arm:
+def _arm(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    description: str,
+    compiled: bool,
+    difference: float | None,
+) -> Arm:
     """What is known of an arm before anything is run."""
     input_size = tuple(images.shape[1:])
     try:
@@ -258,8 +268,8 @@ def _arm(name: str, model: nn.Module, images: Tensor) -> Arm:
         ) from error
     return Arm(
         name=name,
-        description="",
-        compiled=False,
+        description=description,
+        compiled=compiled,
         params=inserted.params,
         macs=inserted.macs,
         macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
@@ -267,7 +277,7 @@ def _arm(name: str, model: nn.Module, images: Tensor) -> Arm:
         sites=dict(inserted.sites),
         depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
         convolutions=_convolutions(model),
-        max_abs_diff_at_insertion=None,
+        max_abs_diff_at_insertion=difference,
         modes={},
         failures={},
     )
@@ -351,7 +361,7 @@ def _measure(
             profiled[name] = run, measure_memory(step, run.peaks)
         except Exception as error:
             failures[name] = reason(error)
-        if not step.weights_are_finite():
+        if step.has_ruined_weights():
             failures[name] = _NOT_FINITE
             profiled.pop(name, None)
         tick()

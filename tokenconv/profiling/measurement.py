@@ -187,7 +187,7 @@ class Step:
                     self.run(self.images)
             else:
                 self._train(self.optimizer)
-        except BaseException:
+        except Exception:
             self._release()
             raise
 
@@ -207,9 +207,10 @@ class Step:
         if self.images.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def weights_are_finite(self) -> bool:
-        """Whether the steps have left the weights as they should."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+    def has_ruined_weights(self) -> bool:
+        """Whether a weight that was trained is not finite any more."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return not all(bool(p.isfinite().all()) for group in groups for p in group["params"])
 
     def optimizer_state(self) -> list[Tensor]:
         """What the optimizer keeps between steps."""

@@ -295,18 +295,18 @@ def _row(arm: Arm, mode: Mode, comparison: Comparison) -> tuple[str, ...]:
         mode,
         arm.name,
         *costs,
-        f"{_short(measured.latency_ms.median)} ({_short(measured.latency_ms.iqr)})",
+        f"{short(measured.latency_ms.median)} ({short(measured.latency_ms.iqr)})",
         "baseline" if is_baseline else _interval(measured.ratio),
         "" if is_baseline or measured.ratio is None else measured.ratio.verdict,
-        _short(measured.images_per_s),
-        _short(measured.memory.peak / MIB),
+        short(measured.images_per_s),
+        short(measured.memory.peak / MIB),
         shown,
     )
 
 
-def _short(value: float) -> str:
-    """With a decimal, and with three digits that count."""
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+def short(value: float) -> str:
+    """A number with the digits that matter: a decimal, or three digits that count."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _interval(ratio: Ratio | None) -> str:

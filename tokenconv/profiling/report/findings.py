@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.results import Arm, Comparison, Measured, Point
+from tokenconv.profiling.results import Arm, Comparison, Measured, Point, short
 
 MODE_NAMES: Mapping[Mode, str] = {"infer": "Inference", "train": "A training step"}
 _MOST_NAMED = 4
@@ -123,7 +123,7 @@ def _of_arm(arm: Arm, comparison: Comparison) -> Iterator[str]:
 def _time(measured: Measured, comparison: Comparison) -> str:
     ratio, memory = measured.ratio, measured.memory_ratio
     images = counted(comparison.batch_size, "image")
-    taken = f"{measured.latency_ms.median:.1f} ms for {images}"
+    taken = f"{short(measured.latency_ms.median)} ms for {images}"
     if ratio is None or memory is None:
         return f"{taken}; {comparison.baseline} failed, so there is nothing to compare it with"
     return (

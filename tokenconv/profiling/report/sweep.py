@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from tokenconv.profiling.measurement import MIB, Mode
 from tokenconv.profiling.report.table import NOTHING, Cell, Table, number, words
-from tokenconv.profiling.results import Arm, Comparison, Point
+from tokenconv.profiling.results import Arm, Comparison, Point, short
 
 _HEADER = (
     "mode", "arm", "latency ms", "vs baseline", "99% interval", "verdict", "images/s", "peak MiB",
@@ -41,14 +41,18 @@ def _cells(arm: Arm, mode: Mode, comparison: Comparison) -> list[Cell]:
     ratio = measured.ratio
     is_baseline = arm.name == comparison.baseline
     return [
-        number(measured.latency_ms.median),
+        _shortly(measured.latency_ms.median),
         Cell("baseline", 1) if is_baseline else number(ratio and ratio.median, ".3f", "x"),
         Cell(f"{ratio.low:.3f}-{ratio.high:.3f}" if ratio and not is_baseline else "-"),
         Cell(ratio.verdict if ratio and not is_baseline else "-"),
-        number(measured.images_per_s),
-        number(measured.memory.peak / MIB),
+        _shortly(measured.images_per_s),
+        _shortly(measured.memory.peak / MIB),
         number(measured.memory_ratio, ".3f", "x"),
     ]
+
+
+def _shortly(value: float) -> Cell:
+    return Cell(short(value), value)
 
 
 def setting_value(text: str) -> float | None:

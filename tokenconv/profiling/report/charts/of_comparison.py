@@ -12,7 +12,7 @@ from tokenconv.profiling.report.charts.palette import BASELINE, COLORS, fills
 from tokenconv.profiling.report.charts.roofline import roofline
 from tokenconv.profiling.report.findings import counted
 from tokenconv.profiling.report.tables import PHASES, categories, phase_share
-from tokenconv.profiling.results import Arm, Comparison, Measured, Memory
+from tokenconv.profiling.results import Arm, Comparison, Measured, Memory, short
 
 _MEMORY: dict[str, Callable[[Memory], int]] = {
     "parameters": lambda memory: memory.parameters,
@@ -41,7 +41,7 @@ def comparison_charts(comparison: Comparison, mode: Mode) -> list[Chart]:
 
 def _latency(comparison: Comparison, mode: Mode) -> Chart:
     def value(arm: Arm, measured: Measured) -> str:
-        ms, ratio = f"{_short(measured.latency_ms.median)} ms", measured.ratio
+        ms, ratio = f"{short(measured.latency_ms.median)} ms", measured.ratio
         if arm.name == comparison.baseline:
             return f"{ms}, baseline"
         if ratio is None:
@@ -75,7 +75,7 @@ def _memory(comparison: Comparison, mode: Mode) -> Chart:
     phases = ("forward", "backward", "optimizer") if is_training else ()
 
     def value(arm: Arm, measured: Measured) -> str:
-        peak, ratio = f"{_short(measured.memory.peak / MIB)} MiB", measured.memory_ratio
+        peak, ratio = f"{short(measured.memory.peak / MIB)} MiB", measured.memory_ratio
         if arm.name == comparison.baseline:
             return f"{peak}, baseline"
         return peak if ratio is None else f"{peak}, {ratio:.2f}x"
@@ -83,10 +83,10 @@ def _memory(comparison: Comparison, mode: Mode) -> Chart:
     def draw(ladder: Ladder, arm: Arm, measured: Measured) -> None:
         memory = measured.memory
         widths = [_MEMORY[part](memory) / MIB for part in styles]
-        ladder.bar(widths, list(styles.values()), [_short(width) for width in widths])
+        ladder.bar(widths, list(styles.values()), [short(width) for width in widths])
         for phase in phases:
             taken = getattr(memory, f"{phase}_peak") / MIB
-            label = f"{phase} {_short(taken)}"
+            label = f"{phase} {short(taken)}"
             ladder.span(memory.held / MIB, taken, label, styles["peak of the step"])
 
     room = 1.42 if is_training else 1  # for the labels behind the thin bars
@@ -215,8 +215,3 @@ def _chart(
         height=height,
         draw=draw_all,
     )
-
-
-def _short(value: float) -> str:
-    """A number with the digits that matter."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
