@@ -57,20 +57,27 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
     allocator = steady_allocator() if keep else "as the system has it"
     if args.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # or float32 would not mean the same in every arm
+    return {
+        **facts(torch.device(args.device)),
+        "threads": torch.get_num_threads(),
+        "allocator": allocator,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "warmup": args.warmup,
+    }
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Machine, code and versions."""
     changed = _git("status", "--porcelain", "--", "tokenconv", "benchmarks/*.py")
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "uncommitted": [line.split()[-1] for line in (changed or "").splitlines()],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "device": machine.device_name(torch.device(args.device)),
-        "threads": torch.get_num_threads(),
+        "device": machine.device_name(device),
         "cpus": os.cpu_count(),
         "load_average_before": round(machine.load(), 2),
-        "allocator": allocator,
-        "dtype": args.dtype,
-        "repeats": args.repeats,
-        "warmup": args.warmup,
         "versions": machine.versions(),
     }
 

@@ -9,7 +9,7 @@ from tokenconv.surgery.domains import (
     save_domain,
     set_domain,
 )
-from tokenconv.surgery.edits import Edit
+from tokenconv.surgery.edits import Edit, inserted_modules
 from tokenconv.surgery.folding import FoldReport, fold_
 from tokenconv.surgery.lifecycle import insert_, keep_tokens, remove_
 from tokenconv.surgery.plans import Plan, plan
@@ -25,6 +25,7 @@ __all__ = [
     "fold_",
     "freeze_grid_",
     "insert_",
+    "inserted_modules",
     "keep_tokens",
     "list_domains",
     "load_",

@@ -1,0 +1,258 @@
+"""Train a hybrid to classify images, and the same model with attention only to compare it with.
+
+python examples/train_classification.py --insert mix_ffn
+python examples/train_classification.py --insert mix_ffn --control --out runs/control
+python examples/train_classification.py --data path/to/folder --model pvt_v2_b0 --insert peg
+accelerate launch examples/train_classification.py --insert mix_ffn --precision bf16
+
+Without --data it learns which digit is the largest in scenes of handwritten digits that ship with
+scikit-learn (training/digits.py). A folder holds {train,val}/CLASS/*.jpg; hfds/NAME, wds/NAME and
+what else timm.data reads needs --data-root as well. tensorboard --logdir runs shows the curves.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.data.readers import create_reader
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.utils import make_grid
+from training.digits import CLASSES, DigitScenes
+from training.engine import Data, Training, make_accelerator
+from training.errors import TrainingError
+from training.hybrids import add_model_options, choose_trained, create_model
+from training.loading import Augmented, EpochSampler, Indexed, make_loader
+from training.settings import Settings
+
+import tokenconv as tc
+
+Sample = tuple[Image.Image, int]
+
+
+class Classification:
+    """Which class an image is of: cross entropy, and the share of images that are right."""
+
+    best = "top1"
+
+    def __init__(self, classes: tuple[str, ...], mixup: Mixup | None, smoothing: float):
+        self.classes = classes
+        self.mixup = mixup
+        self.smoothing = smoothing
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropies, and number of images."""
+        images, labels = batch
+        smoothing = self.smoothing
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)  # labels smoothed and mixed: (B, classes)
+            smoothing = 0.0
+        logits = model(images)
+        total = functional.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=smoothing
+        )
+        return total, torch.tensor(len(images), device=images.device)
+
+    def predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and labels."""
+        images, labels = batch
+        return model(images).float(), labels
+
+    def metrics(self) -> MetricCollection:
+        """Shares of images whose class is the first of the answers, or one of the first five."""
+        count = len(self.classes)
+        found = {"top1": MulticlassAccuracy(count, average="micro", sync_on_compute=False)}
+        if count > 5:
+            found["top5"] = MulticlassAccuracy(
+                count, average="micro", top_k=5, sync_on_compute=False
+            )
+        return MetricCollection(found)
+
+    def scalars(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """As they are."""
+        return {name: float(value) for name, value in values.items()}
+
+    def picture(self, batch: tuple[Tensor, Tensor], predictions: Tensor) -> Tensor:
+        """Images framed green where they were recognised, and red where not."""
+        images, labels = (part[:16].cpu() for part in batch)
+        right = predictions[:16].argmax(1).cpu() == labels
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        images = functional.pad((images - low) / (high - low + 1e-6), (3, 3, 3, 3))
+        colors = torch.where(
+            right[:, None], torch.tensor([0.1, 0.8, 0.3]), torch.tensor([0.9, 0.2, 0.2])
+        )
+        frame = torch.ones_like(images[:1, :1])
+        frame[:, :, 3:-3, 3:-3] = 0
+        return make_grid(images * (1 - frame) + colors[:, :, None, None] * frame, nrow=4)
+
+
+class DigitClasses:
+    """Digit scenes as pictures and the class of their largest digit."""
+
+    def __init__(self, scenes: DigitScenes):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = self.scenes[index]
+        return scene.image, scene.label
+
+
+class Pictures:
+    """What one of timm's readers reads; a picture that cannot be read is an error, not skipped."""
+
+    def __init__(self, name: str, root: str, split: str):
+        try:
+            self.reader: Any = create_reader(name, root=root, split=split)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise TrainingError(f"cannot read {split} of {name or root}: {error}") from error
+        if not len(self.reader):
+            raise TrainingError(f"{split} of {name or root} holds no pictures")
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        found, label = self.reader[index]
+        try:
+            image = found if isinstance(found, Image.Image) else Image.open(found)
+            return image.convert("RGB"), int(label)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise TrainingError(f"cannot read {self.reader.filename(index)}: {error}") from error
+
+
+def open_data(args: argparse.Namespace) -> tuple[Indexed, Indexed, tuple[str, ...]]:
+    """Samples to train on, samples to be judged by, and the names of the classes."""
+    if args.data is None:
+        size = args.img_size[0], args.img_size[-1]
+        train, val = (
+            DigitClasses(DigitScenes(split, size=size, length=length))
+            for split, length in (("train", args.scenes), ("val", max(args.scenes // 8, 64)))
+        )
+        return train, val, CLASSES
+    is_folder = Path(args.data).is_dir()
+    name, root = ("", args.data) if is_folder else (args.data, args.data_root)
+    roots = [_split_folder(root, split) if is_folder else root for split in args.splits]
+    train, val = (
+        Pictures(name, root, split) for root, split in zip(roots, args.splits, strict=True)
+    )
+    return train, val, _classes(args, train, val)
+
+
+def _split_folder(root: str, split: str) -> str:
+    folder = Path(root) / split
+    if not folder.is_dir():
+        raise TrainingError(f"expected a folder {folder} with a folder of pictures per class")
+    return str(folder)
+
+
+def _classes(args: argparse.Namespace, train: Pictures, val: Pictures) -> tuple[str, ...]:
+    names, others = (getattr(one.reader, "class_to_idx", None) for one in (train, val))
+    if names != others:
+        missing = sorted(set(names or ()) ^ set(others or ()))
+        raise TrainingError(f"classes that are in one split of {args.data} only: {missing}")
+    if names:
+        return tuple(sorted(names, key=lambda name: names[name]))
+    if args.num_classes is None:
+        raise TrainingError(f"{args.data} does not name its classes: say --num-classes")
+    return tuple(map(str, range(args.num_classes)))
+
+
+def make_data(
+    args: argparse.Namespace, settings: Settings, train: Indexed, val: Indexed, model: nn.Module
+) -> Data:
+    """Loaders with timm's transforms for the model."""
+    config = resolve_model_data_config(model)
+    augment: Any = create_transform(
+        config["input_size"],
+        is_training=True,
+        scale=(args.least_crop, 1.0),
+        hflip=0.0 if args.data is None else 0.5,  # a mirrored digit is another one, or none
+        color_jitter=0.4 if args.auto_augment is None else 0.0,
+        auto_augment=args.auto_augment,
+        re_prob=args.random_erasing,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+    judge: Any = create_transform(**config, is_training=False)
+    batch = settings.batch_size // settings.accumulate
+    train_sampler = EpochSampler(len(train), seed=settings.seed, group=settings.batch_size)
+    loaders = [
+        make_loader(
+            Augmented(samples, partial(_transformed, transform), settings.seed),
+            sampler,
+            batch_size=batch,
+            workers=settings.workers,
+        )
+        for samples, sampler, transform in (
+            (train, train_sampler, augment),
+            (val, EpochSampler(len(val), seed=None), judge),
+        )
+    ]
+    return Data(loaders[0], train_sampler, loaders[1])
+
+
+def _transformed(transform: Any, sample: Sample) -> tuple[Tensor, int]:
+    return transform(sample[0]), sample[1]
+
+
+def parse() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_model_options(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR|NAME", help="None: digit scenes")
+    data.add_argument("--data-root", metavar="DIR", help="of what is no folder of classes")
+    data.add_argument("--splits", nargs=2, default=["train", "val"], metavar=("TRAIN", "VAL"))
+    data.add_argument("--num-classes", type=int, help="where the data do not name them")
+    data.add_argument("--scenes", type=int, default=8192, help="how many to train on")
+    data.add_argument("--least-crop", type=float, default=0.7, help="smallest share of an image")
+    data.add_argument("--auto-augment", help="such as rand-m9-mstd0.5")
+    data.add_argument("--random-erasing", type=float, default=0.0, help="probability")
+    data.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup")
+    data.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")
+    data.add_argument("--smoothing", type=float, default=0.1, help="of labels")
+    Settings.add_options(parser.add_argument_group("training"))
+    args = parser.parse_args()
+    if args.data is None and args.img_size is None:
+        args.img_size = [64]
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    settings = Settings.of(args)
+    accelerator = make_accelerator(settings)
+    train, val, classes = open_data(args)
+    model = create_model(args, len(classes))
+    choose_trained(model, args)
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(classes)
+        )
+    task = Classification(classes, mixup, args.smoothing)
+    told = {name: value for name, value in vars(args).items() if not hasattr(settings, name)}
+    data = make_data(args, settings, train, val, model)
+    Training(accelerator, model, task, data, settings, {**told, "classes": classes}).run()
+
+
+if __name__ == "__main__":
+    try:
+        run(parse())
+    except (TrainingError, tc.TokenConvError, ValueError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {str(error).splitlines()[-1]}")

@@ -1,0 +1,148 @@
+"""Files of a run: written beside the last ones and then named, so that one is always whole."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file, save_model
+from torch import nn
+
+import tokenconv as tc
+from tokenconv.surgery import inserted_modules
+from training.errors import ResumeError, TrainingError
+from training.hybrids import backbone_of, head_state
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Keep everything that the run needs to go on: weights as safetensors, optimizer, generators.
+
+    All processes call it. A run that is killed while it is written has the one before; the last two
+    are kept.
+
+    Args:
+        accelerator: Has prepared model, optimizer and scheduler.
+        folder: Of all checkpoints.
+        step: Names this one.
+
+    Raises:
+        TrainingError: If it cannot be written; what was there is as it was.
+    """
+    staging = folder / ".writing"
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(staging))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _publish(staging, folder / f"step-{step:08d}", kept=2)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises what is no OSError
+        raise TrainingError(
+            f"cannot write a checkpoint to {folder} at step {step}: {error}; "
+            f"{last(folder) or 'none'} is the last one"
+        ) from error
+    accelerator.wait_for_everyone()
+
+
+def save_weights(model: nn.Module, folder: Path, epoch: int) -> None:
+    """Keep what is to be used: all weights, and of a hybrid the plan and what was added or trained.
+
+    ``model.safetensors`` is the whole. ``plan.json`` and ``delta.safetensors`` are what
+    ``tokenconv.load_`` takes, and ``head.safetensors`` what stands on the backbone. The last ones
+    are replaced.
+
+    Args:
+        model: On this process alone, with whole tensors.
+        folder: Of all weights.
+        epoch: Names these.
+
+    Raises:
+        TrainingError: If they cannot be written; what was there is as it was.
+    """
+    staging = folder / ".writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        save_model(model, str(staging / "model.safetensors"))
+        head = head_state(model)
+        if head:
+            save_file(head, staging / "head.safetensors")
+        if inserted_modules(backbone_of(model)):
+            tc.save(backbone_of(model), staging)
+        _publish(staging, folder / f"epoch-{epoch:04d}", kept=1)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot write weights to {folder}: {error}") from error
+
+
+def last(folder: Path) -> Path | None:
+    """The newest checkpoint, or the newest weights; None if there are none."""
+    return next(reversed(_all(folder)), None)
+
+
+def _all(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"(step|epoch)-\d+", path.name))
+
+
+def _publish(staging: Path, target: Path, kept: int) -> None:
+    """Give what is written its name, once it is on the disk, and drop older ones."""
+    for path in staging.rglob("*"):
+        _to_disk(path)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+    _to_disk(target.parent)
+    for old in _all(target.parent)[:-kept]:
+        shutil.rmtree(old)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a file whole, or not at all."""
+    staging = path.with_name(f".{path.name}")
+    try:
+        staging.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        _to_disk(staging)
+        staging.replace(path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error}") from error
+
+
+def check_same(now: Mapping[str, Any], path: Path, may_change: set[str]) -> None:
+    """Compare the settings of a run with those it began with.
+
+    Args:
+        now: Settings by name.
+        path: JSON file of those it began with.
+        may_change: Names that do not matter.
+
+    Raises:
+        ResumeError: If others differ.
+    """
+    try:
+        then = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"cannot resume: {path} cannot be read: {error}") from error
+    now = json.loads(json.dumps(now, default=str))
+    differing = [
+        f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*then, *now} - may_change)
+        if then.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ResumeError(
+            f"cannot resume {path.parent}: {'; '.join(differing)}: use the same, or another --out"
+        )
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,126 @@
+"""Batches that depend on seed and epoch alone: not on workers, processes or where a run went on."""
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.errors import TrainingError
+
+
+def read_picture(source: Any, name: object, mode: str | None) -> Image.Image:
+    """A picture from a path, an open file, or one that is open already.
+
+    Raises:
+        TrainingError: If it cannot be read to its end.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image.load()
+        return image if mode is None else image.convert(mode)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise TrainingError(f"cannot read {name}: {error}") from error
+
+
+class Indexed(Protocol):
+    """A data set with a length."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+class Augmented(Dataset[Any]):
+    """Samples and what a transform makes of them, with random numbers of its own for each.
+
+    Args:
+        dataset: The samples.
+        transform: Given a sample; may use ``random``, numpy's and torch's global generators.
+        seed: Of the random numbers.
+    """
+
+    def __init__(self, dataset: Indexed, transform: Callable[[Any], Any], seed: int):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            return self.transform(self.dataset[index])
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Indices of an epoch with its number, shuffled for training; can begin in the middle.
+
+    Args:
+        length: Of the data set.
+        seed: Of the order; None keeps the order.
+        group: Indices beyond a multiple of it are left out.
+    """
+
+    def __init__(self, length: int, *, seed: int | None, group: int = 1):
+        self.samples = length - length % group
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Iterate over this epoch next, and leave out its first indices."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.samples - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.length)
+        if self.seed is not None:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        return ((self.epoch, int(index)) for index in order[self.start : self.samples])
+
+
+def make_loader(
+    dataset: Dataset[Any], sampler: EpochSampler | None, *, batch_size: int, workers: int
+) -> "DataLoader[Any]":
+    """Batches in the order of the sampler or of a stream, made ahead by other processes."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_termination_to_the_loop,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # so that loading draws nothing from the global one
+    )
+
+
+def _leave_termination_to_the_loop(_: int) -> None:
+    """A job's SIGTERM reaches workers as well, and the step that is going on needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Global generators that begin anew, and go on where they were afterwards."""
+    state = random.getstate(), np.random.get_state()
+    drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(drawn)
+            np.random.seed(drawn)
+            torch.manual_seed(drawn)
+            yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
