@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -291,9 +291,10 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def all_runs(args: argparse.Namespace) -> Iterator[Run]:
     """Seed by seed, so that what is there when it is interrupted is of all arms."""
-    for seed, setting, task in product(range(args.seeds), args.settings, args.tasks):
-        for fraction, arm in product(FRACTIONS, ARMS[setting]):
-            yield Run(setting, task, arm, fraction, seed)
+    for seed in range(args.seeds):
+        for setting, task in _pairs(vars(args)):
+            for fraction, arm in product(FRACTIONS, ARMS[setting]):
+                yield Run(setting, task, arm, fraction, seed)
 
 
 def perform_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -302,7 +303,8 @@ def perform_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if "adapt" in args.settings:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
             seeds = range(args.seeds)
-            [*tqdm(pool.map(base_file, seeds, [args] * len(seeds)), "bases", len(seeds))]
+            for _ in tqdm(pool.map(base_file, seeds, repeat(args)), "bases", len(seeds)):
+                pass
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(perform, run, args): run for run in missing}
         for done in tqdm(as_completed(running), "runs", len(running), unit="run"):
@@ -353,7 +355,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """At the end of training: every arm beside its baseline, seed by seed."""
     rows = []
     settings = result["settings"]
-    for setting, task in product(settings["settings"], settings["tasks"]):
+    for setting, task in _pairs(settings):
         for (arm, what), fraction in product(ARMS[setting].items(), FRACTIONS):
             baseline = BASELINES[setting][what.model]
             own, base = (
@@ -390,18 +392,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def _pairs(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(setting, task) for setting in settings["settings"] for task in settings["tasks"]]
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     mean = f"{100 * row['value']['mean']:.1f}"
     if row["difference"] is None:
         return f"{mean} ± {100 * row['value']['half']:.1f}"
     difference = row["difference"]
-    return f"{mean} ({100 * difference['mean']:+.1f} ± {100 * difference['half']:.1f}, {row['verdict']})"
+    change = f"{100 * difference['mean']:+.1f} ± {100 * difference['half']:.1f}"
+    return f"{mean} ({change}, {row['verdict']})"
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Learning curves, means with their intervals."""
     settings = result["settings"]
-    panels = [*product(settings["settings"], settings["tasks"])]
+    panels = _pairs(settings)
     figure = Figure(figsize=(13, 3.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), len(FRACTIONS), squeeze=False, sharey="row")
     for (setting, task), line in zip(panels, axes, strict=True):

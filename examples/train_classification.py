@@ -6,13 +6,13 @@ python examples/train_classification.py --data path/to/folder --model pvt_v2_b0 
 accelerate launch examples/train_classification.py --insert mix_ffn --precision bf16
 
 Without --data it learns which digit is the largest in scenes of handwritten digits that ship with
-scikit-learn (training/digits.py). A folder holds {train,val}/CLASS/*.jpg; hfds/NAME, wds/NAME and
-what else timm.data reads needs --data-root as well. tensorboard --logdir runs shows the curves.
+scikit-learn (training/digits.py). --data is a folder with {train,val}/CLASS/*.jpg, a name that
+timm.data reads (such as hfds/NAME, for Hugging Face datasets) or the shards of a WebDataset:
+"/data/{split}-*.tar" (training/streams.py). tensorboard --logdir runs shows curves and pictures.
 """
 
 import argparse
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from torch.nn import functional
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
-from training.digits import CLASSES, DigitScenes
-from training.engine import Data, Training, make_accelerator
-from training.errors import TrainingError
+from training.data import make_data
+from training.digits import CLASSES, DigitScenes, digit_splits
+from training.engine import Training, make_accelerator
+from training.errors import TrainingError, told_in_one_line
 from training.hybrids import add_model_options, choose_trained, create_model
-from training.loading import Augmented, EpochSampler, Indexed, make_loader
+from training.loading import read_picture
 from training.settings import Settings
-
-import tokenconv as tc
+from training.streams import Shards
 
 Sample = tuple[Image.Image, int]
 
@@ -69,7 +69,9 @@ class Classification:
     def metrics(self) -> MetricCollection:
         """Shares of images whose class is the first of the answers, or one of the first five."""
         count = len(self.classes)
-        found = {"top1": MulticlassAccuracy(count, average="micro", sync_on_compute=False)}
+        found: dict[str, Any] = {
+            "top1": MulticlassAccuracy(count, average="micro", sync_on_compute=False)
+        }
         if count > 5:
             found["top5"] = MulticlassAccuracy(
                 count, average="micro", top_k=5, sync_on_compute=False
@@ -114,7 +116,7 @@ class Pictures:
     def __init__(self, name: str, root: str, split: str):
         try:
             self.reader: Any = create_reader(name, root=root, split=split)
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever the library behind it raises
             raise TrainingError(f"cannot read {split} of {name or root}: {error}") from error
         if not len(self.reader):
             raise TrainingError(f"{split} of {name or root} holds no pictures")
@@ -124,22 +126,27 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Sample:
         found, label = self.reader[index]
-        try:
-            image = found if isinstance(found, Image.Image) else Image.open(found)
-            return image.convert("RGB"), int(label)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise TrainingError(f"cannot read {self.reader.filename(index)}: {error}") from error
+        return read_picture(found, self.reader.filename(index), "RGB"), int(label)
 
 
-def open_data(args: argparse.Namespace) -> tuple[Indexed, Indexed, tuple[str, ...]]:
+def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:
     """Samples to train on, samples to be judged by, and the names of the classes."""
     if args.data is None:
         size = args.img_size[0], args.img_size[-1]
         train, val = (
             DigitClasses(DigitScenes(split, size=size, length=length))
-            for split, length in (("train", args.scenes), ("val", max(args.scenes // 8, 64)))
+            for split, length in digit_splits(args.scenes)
         )
         return train, val, CLASSES
+    if args.data.endswith(".tar"):
+        if args.num_classes is None or args.samples is None:
+            raise TrainingError(
+                "shards do not say how much they hold: say --num-classes, --samples"
+            )
+        train, val = (
+            Shards(args.data, split, is_mask=False, samples=args.samples) for split in args.splits
+        )
+        return train, val, tuple(map(str, range(args.num_classes)))
     is_folder = Path(args.data).is_dir()
     name, root = ("", args.data) if is_folder else (args.data, args.data_root)
     roots = [_split_folder(root, split) if is_folder else root for split in args.splits]
@@ -168,10 +175,8 @@ def _classes(args: argparse.Namespace, train: Pictures, val: Pictures) -> tuple[
     return tuple(map(str, range(args.num_classes)))
 
 
-def make_data(
-    args: argparse.Namespace, settings: Settings, train: Indexed, val: Indexed, model: nn.Module
-) -> Data:
-    """Loaders with timm's transforms for the model."""
+def transforms(args: argparse.Namespace, model: nn.Module) -> tuple[Any, Any]:
+    """Those of timm for the model: to train with, and to be judged with."""
     config = resolve_model_data_config(model)
     augment: Any = create_transform(
         config["input_size"],
@@ -186,28 +191,14 @@ def make_data(
         std=config["std"],
     )
     judge: Any = create_transform(**config, is_training=False)
-    batch = settings.batch_size // settings.accumulate
-    train_sampler = EpochSampler(len(train), seed=settings.seed, group=settings.batch_size)
-    loaders = [
-        make_loader(
-            Augmented(samples, partial(_transformed, transform), settings.seed),
-            sampler,
-            batch_size=batch,
-            workers=settings.workers,
-        )
-        for samples, sampler, transform in (
-            (train, train_sampler, augment),
-            (val, EpochSampler(len(val), seed=None), judge),
-        )
-    ]
-    return Data(loaders[0], train_sampler, loaders[1])
+    return partial(_transformed, augment), partial(_transformed, judge)
 
 
 def _transformed(transform: Any, sample: Sample) -> tuple[Tensor, int]:
     return transform(sample[0]), sample[1]
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
@@ -215,10 +206,11 @@ def parse() -> argparse.Namespace:
     )
     add_model_options(parser)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR|NAME", help="None: digit scenes")
+    data.add_argument("--data", metavar="DIR|NAME|SHARDS", help="None: digit scenes")
     data.add_argument("--data-root", metavar="DIR", help="of what is no folder of classes")
     data.add_argument("--splits", nargs=2, default=["train", "val"], metavar=("TRAIN", "VAL"))
     data.add_argument("--num-classes", type=int, help="where the data do not name them")
+    data.add_argument("--samples", type=int, help="of an epoch, where shards are read")
     data.add_argument("--scenes", type=int, default=8192, help="how many to train on")
     data.add_argument("--least-crop", type=float, default=0.7, help="smallest share of an image")
     data.add_argument("--auto-augment", help="such as rand-m9-mstd0.5")
@@ -227,7 +219,7 @@ def parse() -> argparse.Namespace:
     data.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")
     data.add_argument("--smoothing", type=float, default=0.1, help="of labels")
     Settings.add_options(parser.add_argument_group("training"))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.data is None and args.img_size is None:
         args.img_size = [64]
     return args
@@ -246,13 +238,15 @@ def run(args: argparse.Namespace) -> None:
             args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(classes)
         )
     task = Classification(classes, mixup, args.smoothing)
-    told = {name: value for name, value in vars(args).items() if not hasattr(settings, name)}
-    data = make_data(args, settings, train, val, model)
-    Training(accelerator, model, task, data, settings, {**told, "classes": classes}).run()
+    augment, judge = transforms(args, model)
+    data = make_data(
+        train, val, augment, judge,
+        settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+    )  # fmt: skip
+    told = {"task": "classification", **vars(args), "classes": classes}
+    Training(accelerator, model, task, data, settings, told).run()
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         run(parse())
-    except (TrainingError, tc.TokenConvError, ValueError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {str(error).splitlines()[-1]}")

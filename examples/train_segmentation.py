@@ -7,13 +7,14 @@ torchrun --nproc-per-node 8 examples/train_segmentation.py --data ADEChallengeDa
 
 Without --data it segments scenes of handwritten digits that ship with scikit-learn
 (training/digits.py). A folder holds {train,val}/{images,masks}; training/masks.py has the other
-layouts. --decoder linear and pyramid are for plain ViTs, every other one is that of
-segmentation_models_pytorch, for models with a pyramid (and dpt for ViTs).
+layouts, training/streams.py shards. --decoder linear and pyramid are for plain ViTs, every other
+one is that of segmentation_models_pytorch, for models with a pyramid (and dpt for ViTs).
 """
 
 import argparse
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,21 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
-from training.digits import MASK_CLASSES, DigitScenes
-from training.engine import Data
+from training.data import make_data
+from training.digits import MASK_CLASSES, DigitScenes, digit_splits
+from training.engine import Training, make_accelerator
+from training.errors import TrainingError, told_in_one_line
 from training.heads import LinearHead, PyramidHead, Segmenter, slide
-from training.hybrids import add_model_options, create_model
-from training.loading import Augmented, EpochSampler, Indexed, make_loader
-from training.masks import IGNORED, MaskedImages, Sample, colored
+from training.hybrids import (
+    add_model_options,
+    backbone_of,
+    choose_trained,
+    create_model,
+    register_hybrid,
+)
+from training.masks import IGNORED, MaskedImages, Sample, colored, make_sample
 from training.settings import Settings
+from training.streams import Shards
 
 HEADS = {"linear": LinearHead, "pyramid": PyramidHead}
 
@@ -103,28 +112,43 @@ class DigitMasks:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scenes[index]
-        return tv_tensors.Image(scene.image), tv_tensors.Mask(scene.mask)
+        return make_sample(scene.image, scene.mask, len(MASK_CLASSES), f"scene {index}")
 
 
-def open_data(args: argparse.Namespace) -> tuple[Indexed, Indexed, tuple[str, ...]]:
+def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:
     """Samples to train on, samples to be judged by, and the names of the classes."""
     if args.data is None:
         size = args.img_size[0], args.img_size[-1]
         train, val = (
             DigitMasks(DigitScenes(split, size=size, length=length))
-            for split, length in (("train", args.scenes), ("val", max(args.scenes // 8, 64)))
+            for split, length in digit_splits(args.scenes)
         )
         return train, val, MASK_CLASSES
-    train, val = (MaskedImages(args.data, split, args.num_classes) for split in ("train", "val"))
-    assert train.num_classes is not None
-    names = args.class_names or map(str, range(train.num_classes))
-    return train, val, tuple(names)
+    if args.data.endswith(".tar"):
+        if args.num_classes is None or args.samples is None:
+            raise TrainingError(
+                "shards do not say how much they hold: say --num-classes, --samples"
+            )
+        train, val = (
+            Shards(args.data, split, is_mask=True, samples=args.samples)
+            for split in ("train", "val")
+        )
+        count = args.num_classes
+    else:
+        train, val = (
+            MaskedImages(Path(args.data), split, args.num_classes) for split in ("train", "val")
+        )
+        count = train.num_classes
+    names = tuple(args.class_names or map(str, range(count)))
+    if len(names) != count:
+        raise TrainingError(f"{len(names)} --class-names for {count} classes")
+    return train, val, names
 
 
-def make_data(
-    args: argparse.Namespace, settings: Settings, train: Indexed, val: Indexed, config: Any
-) -> Data:
-    """Loaders with joint transforms of pictures and masks."""
+def transforms(
+    args: argparse.Namespace, config: Mapping[str, Any], classes: int
+) -> tuple[Any, Any]:
+    """Joint ones of pictures and masks: to train with, and to be judged with at full resolution."""
     size = args.img_size[0], args.img_size[-1]
     finish = [
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
@@ -132,68 +156,91 @@ def make_data(
         v2.ToPureTensor(),
     ]
     fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
-    augment = v2.Compose([
+    jitter = args.color_jitter
+    augment = [
         v2.ScaleJitter(size, (args.least_scale, 1 / args.least_scale)),
         v2.RandomCrop(size, pad_if_needed=True, fill=fill),
         # A mirrored digit is another one, or none.
         *([] if args.data is None else [v2.RandomHorizontalFlip()]),
-        v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter),
+        v2.ColorJitter(jitter, jitter, jitter),
         *finish,
-    ])  # fmt: skip
-    batch = settings.batch_size // settings.accumulate
-    train_sampler = EpochSampler(len(train), seed=settings.seed, group=settings.batch_size)
-    loaders = [
-        make_loader(
-            Augmented(samples, transform, settings.seed),
-            sampler,
-            batch_size=size_of_batch,
-            workers=settings.workers,
-        )
-        for samples, sampler, transform, size_of_batch in (
-            (train, train_sampler, augment, batch),
-            # Images of a folder have many sizes: one at a time, at full resolution.
-            (
-                val,
-                EpochSampler(len(val), seed=None),
-                v2.Compose(finish),
-                batch if args.data is None else args.val_batch,
-            ),
-        )
     ]
-    return Data(loaders[0], train_sampler, loaders[1])
+    is_stream = args.data is not None and args.data.endswith(".tar")
+    check = [partial(_checked, classes)] if is_stream else []
+    return v2.Compose([*check, *augment]), v2.Compose([*check, *finish])
 
 
-def make_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Any]:
-    """The model, and what timm says its pictures are to be like."""
+def _checked(classes: int, *sample: Any) -> Sample:
+    image, mask = sample
+    return make_sample(image, mask, classes, "a mask of the shards")
+
+
+def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The backbone with a head of ours, or a model of segmentation_models_pytorch.
+
+    Raises:
+        TrainingError: If there is no such decoder, or it does not fit the backbone.
+    """
     if args.decoder in HEADS:
-        backbone = create_model(args, num_classes=0)
-        config = resolve_model_data_config(backbone)
-        return Segmenter(backbone, HEADS[args.decoder], num_classes), config
-    # smp builds the backbone itself, by the name of an architecture of timm's: so make it one.
-    config = resolve_model_data_config(register_hybrid("hybrid_to_segment", args))
-    model = smp.create_model(
-        args.decoder, "tu-hybrid_to_segment", encoder_weights=None, classes=num_classes
-    )
-    return model, config
+        return Segmenter(create_model(args, num_classes=0), HEADS[args.decoder], num_classes)
+    if any(side % 32 for side in args.img_size):
+        raise TrainingError(f"decoders take an --img-size of multiples of 32, got {args.img_size}")
+    # It builds the backbone itself, by the name of an architecture of timm's.
+    register_hybrid("hybrid_to_segment", args)
+    try:
+        return smp.create_model(
+            args.decoder, "tu-hybrid_to_segment", encoder_weights=None, classes=num_classes
+        )
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise TrainingError(f"no {args.decoder} on {args.model}: {error}") from error
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_options(parser)
-    parser.add_argument("--decoder", default="pyramid", help="linear, pyramid, or one of smp's")
+    parser.add_argument(
+        "--decoder", default="pyramid",
+        help="linear, pyramid, or one of segmentation_models_pytorch, such as unet or fpn",
+    )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="DIR", help="None: digit scenes")
+    data.add_argument("--data", metavar="DIR|SHARDS", help="None: digit scenes")
     data.add_argument("--num-classes", type=int, help="where the layout does not say it")
     data.add_argument("--class-names", nargs="+", help="None: numbers")
+    data.add_argument("--samples", type=int, help="of an epoch, where shards are read")
     data.add_argument("--scenes", type=int, default=8192, help="how many to train on")
-    data.add_argument("--least-scale", type=float, default=0.5, help="smallest of a picture")
+    data.add_argument("--least-scale", type=float, default=0.7, help="smallest of a picture")
     data.add_argument("--color-jitter", type=float, default=0.2)
-    data.add_argument("--val-batch", type=int, default=1, help="1 takes pictures of any size")
+    data.add_argument("--val-batch", type=int, help="None: 1 for pictures of any size")
     Settings.add_options(parser.add_argument_group("training"))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.img_size = args.img_size or [64 if args.data is None else 224]
+    if args.val_batch is None:
+        args.val_batch = args.batch_size if args.data is None else 1
     return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    settings = Settings.of(args)
+    accelerator = make_accelerator(settings)
+    train, val, classes = open_data(args)
+    model = make_model(args, len(classes))
+    choose_trained(model, args)
+    task = Segmentation(classes, (args.img_size[0], args.img_size[-1]))
+    config = resolve_model_data_config(backbone_of(model))
+    augment, judge = transforms(args, config, len(classes))
+    data = make_data(
+        train, val, augment, judge,
+        settings=settings, accelerator=accelerator, val_batch=args.val_batch,
+    )  # fmt: skip
+    told = {"task": "segmentation", **vars(args), "classes": classes}
+    Training(accelerator, model, task, data, settings, told).run()
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        run(parse())

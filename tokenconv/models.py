@@ -26,7 +26,7 @@ from torch import nn
 
 from tokenconv.errors import SurgeryError, UnknownNameError
 from tokenconv.surgery.binding import GridBinding
-from tokenconv.surgery.edits import CHILDREN
+from tokenconv.surgery.edits import CHILDREN, insertion_of
 from tokenconv.surgery.features import bind_stages
 from tokenconv.surgery.lifecycle import insert_
 from tokenconv.surgery.plans import Plan
@@ -83,7 +83,7 @@ def _build(
     kwargs["pretrained"] = pretrained and not own
 
     def finish(model: nn.Module) -> None:
-        insert_(model, **request)
+        insertion_of(insert_(model, **request)).base = base
         if own:
             _load_own(model, **kwargs)
 

@@ -1,1 +1,1 @@
-"""What the training scripts share: data, the loop, checkpoints, heads. Copy the folder with them."""
+"""What the training scripts share: data, the loop, checkpoints, heads: copy it with them."""

@@ -1,18 +1,20 @@
 """Digit scenes: real handwritten digits over real photographs, composed on the fly.
 
-Several of the handwritten digits that ship with scikit-learn lie at random place, scale and rotation
-over a darkened crop of a photograph that ships with scikit-image or scikit-learn. The class of a scene is its
-largest digit; its mask says for every pixel which digit covers it. Nothing is downloaded.
+Several of the handwritten digits that ship with scikit-learn lie at random place, scale and
+rotation over a darkened crop of a photograph that ships with scikit-image or scikit-learn. The
+class of a scene is its largest digit; its mask says for every pixel which digit covers it. Nothing
+is downloaded.
 
     python -m training.digits scenes.png        # in examples/: a sheet of scenes and masks
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import skimage.data
@@ -106,6 +108,11 @@ class DigitScenes(Dataset[Scene]):
         return Scene(image, mask, int(labels[chosen[0]]))
 
 
+def digit_splits(scenes: int) -> Sequence[tuple[Split, int]]:
+    """What to train on and what to be judged by, and how many scenes of each."""
+    return ("train", scenes), ("val", max(64, scenes // 8))
+
+
 class _Place(NamedTuple):
     row: float
     col: float
@@ -172,7 +179,7 @@ def _background(split: Split, size: tuple[int, int], rng: np.random.Generator) -
 @cache
 def _digits(split: Split) -> tuple[list[Image.Image], np.ndarray]:
     """Strokes of 10x10 pixels with an empty margin, and which digits they are."""
-    found = load_digits()
+    found: Any = load_digits()
     strokes = np.pad(found.images[_DIGITS[split]] * (255 / 16), ((0, 0), (1, 1), (1, 1)))
     return [Image.fromarray(one.astype(np.uint8)) for one in strokes], found.target[_DIGITS[split]]
 
@@ -187,7 +194,9 @@ def _photos(split: Split) -> list[Image.Image]:
     found = []
     for name in _PHOTOS[split]:
         picture = named[name] if name in named else getattr(skimage.data, name)()
-        found.append(Image.fromarray(picture).convert("RGB").point(lambda value: value // 2))
+        found.append(
+            Image.fromarray(picture).convert("RGB").point([value // 2 for value in range(256)] * 3)
+        )
     return found
 
 

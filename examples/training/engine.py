@@ -22,14 +22,17 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from training.checkpoints import check_same, last, save_checkpoint, save_weights, write_json
+from training.data import Data
 from training.errors import ResumeError, TrainingError
 from training.hybrids import backbone_of, param_groups
 from training.settings import Settings
+
+_NOT_JUDGED = 255
+"""Of targets: what metrics leave out."""
 
 
 class Task(Protocol):
@@ -57,29 +60,6 @@ class Task(Protocol):
     def picture(self, batch: Any, predictions: Tensor) -> Tensor:
         """Samples with what is predicted for them, ``(3, H, W)`` in 0 to 1."""
         ...
-
-
-class Order(Protocol):
-    """Which samples come when."""
-
-    samples: int
-    """Of an epoch, over all processes."""
-
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """Give this epoch next, without the samples before ``start``."""
-        ...
-
-
-@dataclass
-class Data:
-    """Batches to train on and to be judged by."""
-
-    train: "DataLoader[Any]"
-    order: Order
-    """Of the training data."""
-    val: "DataLoader[Any]"
-    is_sharded: bool = False
-    """Whether each process reads training data of its own already."""
 
 
 @dataclass
@@ -169,7 +149,7 @@ class Training:
             )
         if settings.batch_size % (settings.accumulate * accelerator.num_processes):
             raise TrainingError(
-                f"expected --batch-size to be a multiple of --accumulate and the number of processes, "
+                f"expected --batch-size to be a multiple of --accumulate and number of processes, "
                 f"got {settings.batch_size}, {settings.accumulate} and {accelerator.num_processes}"
             )
         if settings.grad_checkpointing:
@@ -260,7 +240,7 @@ class Training:
             with accelerator.autocast():
                 total, count = self.task.loss(self.model, batch)
             # DDP takes the mean over processes; the loss is one over all that the batch has.
-            shares = accelerator.reduce(count.detach().float()).clamp(min=1)
+            shares = self._over_processes(count.detach().float(), "sum").clamp(min=1)
             loss = total * (accelerator.num_processes / shares)
             accelerator.backward(loss)
             if accelerator.sync_gradients and self.settings.clip_grad:
@@ -270,7 +250,11 @@ class Training:
             self.optimizer.zero_grad()
             if accelerator.sync_gradients and self.average is not None:
                 self.average.update_parameters(accelerator.unwrap_model(self.model))
-        return accelerator.reduce(loss.detach(), "mean")
+        return self._over_processes(loss.detach(), "mean")
+
+    def _over_processes(self, value: Tensor, how: str) -> Tensor:
+        reduced: Any = self.accelerator.reduce(value, how)
+        return reduced
 
     def _log(self, losses: list[Tensor]) -> float:
         """Log the losses since the last time; the last of them."""
@@ -309,15 +293,23 @@ class Training:
         model = self.model if self.average is None else self.average
         metrics = self.task.metrics().to(self.accelerator.device)
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             for number, batch in enumerate(self.val_loader):
                 with self.accelerator.autocast():
                     predicted, targets = self.task.predict(model, batch)
                 if number == 0 and self.accelerator.is_main_process:
                     self._show(self.task.picture(batch, predicted))
                 # The last batch is filled up, so that all processes have one: not counted here.
+                predicted, targets = self._padded(predicted, 0), self._padded(targets, _NOT_JUDGED)
                 metrics.update(*self.accelerator.gather_for_metrics((predicted, targets)))
         return self.task.scalars(metrics.compute())
+
+    def _padded(self, maps: Tensor, value: int) -> Tensor:
+        """Of the same size in all processes; pictures may have their own."""
+        for dim in range(1, maps.ndim):
+            padded: Any = self.accelerator.pad_across_processes(maps, dim=dim, pad_index=value)
+            maps = padded
+        return maps
 
     def _show(self, picture: Tensor) -> None:
         for tracker in self.accelerator.trackers:

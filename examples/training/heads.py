@@ -11,6 +11,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.errors import TrainingError
+
 
 class LinearHead(nn.Module):
     """A linear layer on each map; their logits are brought to the size of the first, and added.
@@ -91,7 +93,7 @@ class Segmenter(nn.Module):
         num_classes: Channels that come out.
 
     Raises:
-        ValueError: If the head does not take what the backbone has.
+        TrainingError: If the head does not take what the backbone has.
     """
 
     def __init__(
@@ -99,16 +101,20 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         if not hasattr(backbone, "forward_intermediates"):
-            raise ValueError(
+            raise TrainingError(
                 f"{type(backbone).__name__} gives no maps of its layers: use a decoder"
             )
         infos: Any = backbone.feature_info
         depth = len(infos)
         self.indices = [(i + 1) * depth // head.layers - 1 for i in range(head.layers)]
+        if depth < head.layers:
+            raise TrainingError(
+                f"{head.__name__} needs {head.layers} blocks, the model has {depth}"
+            )
         if len({info["reduction"] for info in infos}) > 1:
             if head is PyramidHead:
-                raise ValueError(
-                    f"{type(backbone).__name__} is a pyramid already: use the linear head or a decoder"
+                raise TrainingError(
+                    f"{type(backbone).__name__} is a pyramid: use the linear head or a decoder"
                 )
             self.indices = list(range(depth))
         self.backbone = backbone

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import FeatureGetterNet, register_model
+from timm.models import register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 import tokenconv as tc
 import tokenconv.models  # registers hybrids with timm
+from training.errors import TrainingError
 from training.settings import Settings
 
 
@@ -20,7 +22,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="vit_tiny_patch16_224", help="name of a timm model")
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights")
-    group.add_argument("--base", type=Path, metavar="FILE", help="start from these weights")
+    group.add_argument("--base", metavar="FILE", help="start from these weights of the model")
     group.add_argument(
         "--insert", action="append", default=[], metavar="PLAN|NAME",
         help="a block, or the JSON file of a plan; repeat for several",
@@ -47,15 +49,10 @@ def create_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """A timm model for the images and classes, with what was asked for put in.
 
     Raises:
-        ValueError: If there is no such model, or it does not take an argument.
+        TrainingError: If there is no such model, or it does not take an argument.
         TokenConvError: If a block does not go into it.
     """
-    try:
-        model = timm.create_model(args.model, num_classes=num_classes, **_arguments(args))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"timm cannot make {args.model}: {error}") from error
-    if args.base is not None:
-        timm.models.load_checkpoint(model, str(args.base), strict=False)
+    model = _plain(args, num_classes)
     wanted = planned(model, args)
     if wanted is not None:
         tc.insert_(model, wanted)
@@ -68,10 +65,10 @@ def register_hybrid(name: str, args: argparse.Namespace) -> None:
     With ``features_only`` it gives the maps of whole blocks or stages, and is in the wrapper as it
     is, not taken apart.
     """
-    plan = planned(create_model(args, num_classes=0), args)
+    plan = planned(_plain(args, num_classes=0), args)
 
     def hybrid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        kwargs = {**_arguments(args), **kwargs, "pretrained": pretrained}
+        kwargs = {**kwargs, **_arguments(args)}  # the caller knows no weights: encoder_weights=None
         if kwargs.get("features_only"):
             kwargs["feature_cls"] = "getter"
         if plan is None:
@@ -82,22 +79,35 @@ def register_hybrid(name: str, args: argparse.Namespace) -> None:
     register_model(hybrid)
 
 
+def _plain(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    try:
+        return timm.create_model(args.model, num_classes=num_classes, **_arguments(args))
+    except (TypeError, RuntimeError, OSError) as error:
+        raise TrainingError(f"timm cannot make {args.model}: {error}") from error
+
+
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"pretrained": args.pretrained, **dict(args.model_arg)}
+    overlay: dict[str, Any] = {}
+    if args.base is not None:  # as pretrained weights: positions are resized, another head is left
+        found["pretrained"] = True
+        overlay["file"] = str(args.base)
     if args.drop_path:
         found["drop_path_rate"] = args.drop_path
     if args.img_size:
         size = args.img_size[0], args.img_size[-1]
         config = timm.get_pretrained_cfg(args.model)
-        found["pretrained_cfg_overlay"] = {"input_size": (3, *size)}
+        overlay["input_size"] = (3, *size)
         if config is not None and config.fixed_input_size:
             found["img_size"] = size
-    return found
+    return {**found, "pretrained_cfg_overlay": overlay}
 
 
 def planned(model: nn.Module, args: argparse.Namespace) -> tc.Plan | None:
     """What is to be inserted, or taken out; None where nothing is."""
-    size = {"input_size": (3, args.img_size[0], args.img_size[-1])} if args.img_size else {}
+    size: dict[str, Any] = {}
+    if args.img_size:
+        size["input_size"] = (3, args.img_size[0], args.img_size[-1])
     if args.control:
         try:
             return tc.plan(model, "none", allow_change=True, **size)
@@ -163,7 +173,7 @@ def param_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
         if chosen:
             groups.append({"params": chosen, "lr": settings.lr, "weight_decay": weight_decay})
     if not groups:
-        raise ValueError("nothing is left to be trained: see --trainable")
+        raise TrainingError("nothing is left to be trained: see --trainable")
     return groups
 
 

@@ -1,7 +1,7 @@
 """Batches that depend on seed and epoch alone: not on workers, processes or where a run went on."""
 
+import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -99,15 +99,15 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_termination_to_the_loop,
+        worker_init_fn=_leave_signals_to_the_loop,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # so that loading draws nothing from the global one
     )
 
 
-def _leave_termination_to_the_loop(_: int) -> None:
-    """A job's SIGTERM reaches workers as well, and the step that is going on needs them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_signals_to_the_loop(_: int) -> None:
+    """What is sent to the group of processes would end workers that the last step still needs."""
+    os.setsid()
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""How to train: one dataclass, from which the command line is made and a resumed run is checked."""
+"""How to train: a dataclass that the command line is made from and a resumed run is checked by."""
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, get_type_hints
+
+from training.errors import TrainingError
 
 
 def option(default: Any, text: str, *, may_change: bool = False, **argument: Any) -> Any:
@@ -51,25 +54,21 @@ class Settings:
     log_every: int = option(10, "steps between logged losses", may_change=True)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"expected --{name.replace('_', '-')} >= 1, got {getattr(self, name)}"
-                )
-        for name in ("lr", "weight_decay", "clip_grad", "workers", "save_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"expected --{name.replace('_', '-')} >= 0, got {getattr(self, name)}"
-                )
-        for name in ("warmup", "ema", "layer_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"expected --{name.replace('_', '-')} in 0 to 1, got {getattr(self, name)}"
-                )
+        at_least_1 = ("epochs", "batch_size", "accumulate", "log_every")
+        at_least_0 = ("lr", "weight_decay", "clip_grad", "workers", "save_every")
+        up_to_1 = ("warmup", "ema", "layer_decay")
+        for names, low, high in (
+            (at_least_1, 1, math.inf), (at_least_0, 0, math.inf), (up_to_1, 0, 1),
+        ):  # fmt: skip
+            for name in names:
+                value = getattr(self, name)
+                if not low <= value <= high:
+                    option = f"--{name.replace('_', '-')}"
+                    raise TrainingError(f"expected {option} in {low} to {high}, got {value}")
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"expected --batch-size to be a multiple of --accumulate, got {self.batch_size} and "
-                f"{self.accumulate}"
+            raise TrainingError(
+                f"expected --batch-size to be a multiple of --accumulate, "
+                f"got {self.batch_size} and {self.accumulate}"
             )
 
     @classmethod

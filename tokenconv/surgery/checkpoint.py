@@ -153,6 +153,10 @@ def refuse_meta(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _architecture(model: nn.Module) -> str | None:
+    """The architecture that a plan is for: of a registered hybrid, that of its base."""
+    insertion = vars(model).get("_tokenconv")
+    if insertion is not None and insertion.base is not None:
+        return insertion.base
     config = getattr(model.get_submodule(locate(model)[0]), "pretrained_cfg", None) or {}
     return config.get("architecture")
 

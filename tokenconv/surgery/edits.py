@@ -109,6 +109,8 @@ class Insertion:
 
     plan: Any
     """The plan that was carried out."""
+    base: str | None = None
+    """The architecture of the model before, where the hybrid is one with a name of its own."""
     folded: bool = False
     """Whether ``fold_`` has folded what was inserted."""
     binding: GridBinding | None = None
