@@ -94,6 +94,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or processes on CPUs would each train alone
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False),
@@ -144,8 +145,8 @@ class Training:
         self.steps = settings.epochs * self.steps_per_epoch
         if not self.steps_per_epoch:
             raise TrainingError(
-                f"{data.order.samples} training samples give no step of {settings.batch_size}: "
-                f"take a smaller --batch-size"
+                f"there are fewer training samples than --batch-size {settings.batch_size}: "
+                f"take a smaller one"
             )
         if settings.batch_size % (settings.accumulate * accelerator.num_processes):
             raise TrainingError(
@@ -357,7 +358,8 @@ class Training:
             state = self.accelerator.get_state_dict(self.model)  # every process takes part
             model = self.empty
             if self.accelerator.is_main_process:
-                model.load_state_dict(state, assign=True)
+                own = {key: value.clone() for key, value in state.items()}  # not parts of a buffer
+                model.load_state_dict(own, assign=True)
         if self.accelerator.is_main_process:
             save_weights(model, self.settings.out / "weights", self.progress.epoch)
         self.accelerator.wait_for_everyone()

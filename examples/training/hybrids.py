@@ -80,6 +80,8 @@ def register_hybrid(name: str, args: argparse.Namespace) -> None:
 
 
 def _plain(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    if args.base is not None and not Path(args.base).is_file():
+        raise TrainingError(f"--base {args.base} is no file")
     try:
         return timm.create_model(args.model, num_classes=num_classes, **_arguments(args))
     except (TypeError, RuntimeError, OSError) as error:

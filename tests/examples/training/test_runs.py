@@ -1,0 +1,291 @@
+"""Whole runs: what is trained, kept, resumed and refused."""
+
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from training import checkpoints
+from training.checkpoints import last, save_weights
+from training.engine import Training
+from training.errors import ResumeError, TrainingError
+
+import tokenconv as tc
+
+SCRIPTS = {"classification": "train_classification.py", "segmentation": "train_segmentation.py"}
+METRIC = {"classification": "top1", "segmentation": "miou"}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def weights_of(folder):
+    """All weights at the end of a run."""
+    return load_file(last(folder / "checkpoints") / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_a_run_keeps_curves_checkpoints_and_weights(train, task):
+    folder = train(task, "--insert", "mix_ffn", "--insert", "peg", "--ema", "0.5")
+    epochs = read(folder / "history.json")
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert all(0 <= epoch[METRIC[task]] <= 1 for epoch in epochs)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000008"}
+    assert len(list((folder / "weights").iterdir())) == 1
+    settings = read(folder / "settings.json")
+    assert settings["task"] == task
+    assert settings["insert"] == ["mix_ffn", "peg"]
+    assert list((folder / "tensorboard").rglob("events.*"))
+
+
+def test_curves_and_pictures_are_in_tensorboard(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train("segmentation", "--insert", "mix_ffn")
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert tags["images"] == ["val/samples"]
+    assert {"train/loss", "train/lr", "val/miou", "val/iou/background", "val/iou/9"} <= {
+        *tags["scalars"]
+    }
+    losses = events.Scalars("train/loss")
+    assert [one.step for one in losses] == list(range(1, 9))
+    shown = events.Images("val/samples")[-1]
+    assert shown.width > 8 * 32
+    assert shown.height > 3 * 32
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_only_what_was_inserted_and_the_head_are_trained(train, task):
+    # A class token would not let a gradient through to the last convolution.
+    run = ["--insert", "mix_ffn", "--trainable", "inserted+head", "--model-arg=global_pool=avg"]
+    before = weights_of(train(task, *run, "--lr", "0", out="before"))
+    after = weights_of(train(task, *run, out="after"))
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    chosen = {k for k in after if "act.before" in k or re.match(r"(backbone\.)?head\.", k)}
+    assert chosen
+    assert moved == chosen
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_v2_b0"])
+def test_a_control_is_the_same_run_with_attention_only(train, tiny, model):
+    tiny = [word for word in tiny if "=" not in word]
+    folder = train("classification", "--insert", "mix_ffn", "--control", "--model", model, tiny=tiny)
+    keys = weights_of(folder).keys()
+    assert not any("dwconv" in key or "before" in key for key in keys)
+    assert not (last(folder / "weights") / "plan.json").exists()
+
+
+def test_a_control_starts_from_the_same_weights_and_batches(train):
+    """Zero convolutions that are not trained change nothing."""
+    ends = []
+    shared = ["--insert", "mix_ffn", "--clip-grad", "0"]  # which would judge their gradients, too
+    for number, words in enumerate((["--control"], ["--inserted-lr-scale", "0"])):
+        ends.append(weights_of(train("classification", *shared, *words, out=str(number))))
+    control, hybrid = ends
+    assert len(hybrid) > len(control)
+    assert same(control, {key: hybrid[key] for key in control})
+
+
+def test_the_delta_is_a_small_part_of_the_whole(tmp_path):
+    model = tc.insert_(timm.create_model("vit_small_patch16_224"), "mix_ffn")
+    tc.trainable_(model, "inserted+head")
+    save_weights(model, tmp_path, epoch=1)
+    delta, whole = (
+        (tmp_path / "epoch-0001" / f"{name}.safetensors").stat().st_size
+        for name in ("delta", "model")
+    )
+    assert whole > 80e6
+    assert delta < 0.05 * whole
+
+
+# --- going on ---
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+@pytest.mark.parametrize("extra", [[], ["--ema", "0.9", "--accumulate", "2", "--workers", "1"]])
+def test_a_run_that_is_cut_off_ends_as_one_that_is_not(train, monkeypatch, task, extra):
+    words = ["--insert", "mix_ffn", "--drop-path", "0.2", "--save-every", "1", *extra]
+    whole = train(task, *words, out="whole")
+
+    step = Training._part
+    for end in (3, 6):  # in the middle of an epoch
+        monkeypatch.setattr(Training, "_part", cut_off(step, end))
+        with pytest.raises(KeyboardInterrupt):
+            train(task, *words, "--resume", "auto", out="cut")
+    monkeypatch.undo()
+    cut = train(task, *words, "--resume", "auto", out="cut")
+
+    assert same(weights_of(whole), weights_of(cut))
+    assert same(*(load_file(last(f / "weights") / "model.safetensors") for f in (whole, cut)))
+    assert read(whole / "history.json") == read(cut / "history.json")
+
+
+def cut_off(step, end):
+    def part(self, batch):
+        if self.progress.step == end:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    return part
+
+
+def test_a_finished_run_has_nothing_left_to_do(train):
+    folder = train("classification", "--insert", "mix_ffn")
+    before = weights_of(folder)
+    again = train("classification", "--insert", "mix_ffn", "--resume", "auto")
+    assert same(before, weights_of(again))
+
+
+def test_a_run_is_not_begun_again_by_mistake(train):
+    train("classification", "--epochs", "1")
+    with pytest.raises(TrainingError, match=r"holds a run already: go on with --resume auto"):
+        train("classification", "--epochs", "1")
+
+
+def test_a_run_does_not_go_on_with_other_settings(train):
+    folder = train("classification", "--insert", "mix_ffn")
+    before = weights_of(folder)
+    wanted = r"--insert was \['mix_ffn'\] and is \['peg'\]; --lr was 0.001 and is 0.01: use the same"
+    with pytest.raises(ResumeError, match=wanted):
+        train("classification", "--insert", "peg", "--lr", "0.01", "--resume", "auto")
+    assert same(before, weights_of(folder))
+
+
+def test_a_damaged_checkpoint_is_told_by_its_name(train):
+    folder = train("classification")
+    damaged = last(folder / "checkpoints")
+    (damaged / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ResumeError, match=f"cannot resume from .*{damaged.name}: .*remove it"):
+        train("classification", "--epochs", "2", "--resume", "auto")
+
+
+def test_sigterm_saves_and_ends_well(start, tiny, tmp_path):
+    words = [*tiny, "--insert", "mix_ffn", "--epochs", "200"]
+    process = start("train_classification.py", *words)
+    history = tmp_path / "run" / "history.json"
+    wait_for(lambda: history.exists() or process.poll() is not None, 120)
+    process.send_signal(signal.SIGTERM)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    stopped = re.search(r"stopped at step (\d+) of 800: go on with --resume auto", printed)
+    assert stopped, printed
+    saved = last(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{int(stopped[1]):08d}"
+    assert not (tmp_path / "run" / "checkpoints" / ".writing").exists()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(start, tiny, tmp_path):
+    words = [*tiny, "--insert", "mix_ffn", "--drop-path", "0.2", "--ema", "0.9"]
+    words += ["--epochs", "12", "--save-every", "1", "--workers", "1", "--resume", "auto"]
+    script = "train_classification.py"
+    begun = time.monotonic()
+    whole = start(script, *words, out="whole")
+    assert whole.wait(300) == 0, whole.communicate()
+    length = time.monotonic() - begun
+
+    rng = random.Random(0)
+    kills = 0
+    while kills < 20:
+        process = start(script, *words, out="cut")
+        try:
+            process.communicate(timeout=rng.uniform(0.5 * length, 0.9 * length) if kills else 1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            saved = last(tmp_path / "cut" / "checkpoints")
+            if saved is not None:
+                load_file(saved / "model.safetensors")
+        else:
+            shutil.rmtree(tmp_path / "cut")  # it was done before it was killed: begin anew
+    process = start(script, *words, out="cut")
+    assert process.wait(300) == 0
+    ends = [tmp_path / name for name in ("whole", "cut")]
+    assert same(*map(weights_of, ends))
+    assert read(ends[0] / "history.json") == read(ends[1] / "history.json")
+
+
+# --- what goes wrong ---
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(train, tmp_path):
+    words = ["--save-every", "1", "--log-every", "1", "--clip-grad", "0", "--lr", "1e30"]
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step (\d+); .*--lr") as told:
+        train("classification", *words)
+    step = int(re.search(r"step (\d+)", str(told.value))[1])
+    saved = last(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{step - 1:08d}"
+    assert load_file(saved / "model.safetensors")
+
+
+@pytest.mark.parametrize("longest", [40_000, 150_000])
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(train, monkeypatch, longest):
+    """From the second checkpoint on no file may be longer: as if the disk were full."""
+    publish = checkpoints._publish
+
+    def fill_the_disk(staging, target, kept):
+        publish(staging, target, kept)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (longest, resource.RLIM_INFINITY))
+
+    monkeypatch.setattr(checkpoints, "_publish", fill_the_disk)
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write (a checkpoint|weights) to .*"):
+            train("classification", "--save-every", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.undo()
+    folder = train("classification", "--save-every", "1", "--resume", "auto")
+    assert same(weights_of(folder), weights_of(train("classification", out="whole")))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--batch-size", "128"], "fewer training samples than --batch-size 128: take"),
+        (["--batch-size", "10", "--accumulate", "4"], "multiple of --accumulate, got 10 and 4"),
+        (["--epochs", "0"], r"expected --epochs in 1 to inf, got 0"),
+        (["--ema", "1.5"], r"expected --ema in 0 to 1, got 1.5"),
+        (["--model", "no_such_vit"], "timm cannot make no_such_vit: Unknown model"),
+        (["--model-arg", "colour=3"], "timm cannot make vit_tiny_patch16_224: .*colour"),
+        (["--base", "nowhere.safetensors"], "--base nowhere.safetensors is no file"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--fsdp"], "--fsdp needs several processes"),
+    ],
+)
+def test_what_cannot_be_done_is_told(train, words, told):
+    with pytest.raises(TrainingError, match=told):
+        train("classification", *words)
+
+
+def test_a_script_says_it_in_one_line(start, tiny):
+    process = start("train_classification.py", *tiny, "--insert", "mix_fnn")
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("train_classification.py: error: ")
+    assert "mix_ffn" in line
+    assert "Traceback" not in told
+    assert not printed
