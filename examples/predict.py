@@ -3,9 +3,9 @@
 python examples/predict.py runs/train picture.jpg folder_of_pictures
 python examples/predict.py runs/segment picture.jpg --out overlays
 
-The model is built anew, as training built it and with the same base weights, and then given the plan
-and the delta that training kept: the few numbers that were added or trained. Segmentation writes
-NAME.png, the picture with its mask on top and the names of the classes that are in it.
+The model is built anew, as training built it and with the same base weights, and then given the
+plan and the delta that training kept: the few numbers that were added or trained. Segmentation
+writes NAME.png: the picture with its mask on top, and the names of the classes that are in it.
 """
 
 import argparse
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import train_segmentation
 from accelerate.utils import set_seed
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import v2
-
-import tokenconv as tc
-import train_segmentation
 from training.checkpoints import last
 from training.errors import TrainingError, told_in_one_line
 from training.heads import slide
 from training.hybrids import backbone_of, create_model
 from training.loading import read_picture
+
+import tokenconv as tc
 
 _LINE = 14
 """Pixels of a line of the legend."""
@@ -98,9 +98,7 @@ def classify(model: nn.Module, classes: Sequence[str], paths: Sequence[Path]) ->
 
 
 @torch.inference_mode()
-def segment(
-    model: nn.Module, args: argparse.Namespace, paths: Sequence[Path], out: Path
-) -> None:
+def segment(model: nn.Module, args: argparse.Namespace, paths: Sequence[Path], out: Path) -> None:
     """Write an overlay of every picture, and print what it shows."""
     config = resolve_model_data_config(backbone_of(model))
     normalize = v2.Normalize(config["mean"], config["std"])
@@ -127,7 +125,9 @@ def overlay(
     mixed = torch.where(ids > 0, 0.5 * image + 0.5 * colors, 0.8 * image)
     picture = v2.functional.to_pil_image(mixed)
     scale = max(1, 256 // picture.width)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+    )
     shown = [i for i in shares.argsort(descending=True).tolist() if shares[i] > 0]
     whole = Image.new("RGB", (picture.width, picture.height + _LINE * len(shown) + 4), "white")
     whole.paste(picture)

@@ -170,7 +170,7 @@ def transforms(
     return v2.Compose([*check, *augment]), v2.Compose([*check, *finish])
 
 
-def _checked(classes: int, *sample: Any) -> Sample:
+def _checked(classes: int, sample: Any) -> Sample:
     image, mask = sample
     return make_sample(image, mask, classes, "a mask of the shards")
 
@@ -186,11 +186,9 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if any(side % 32 for side in args.img_size):
         raise TrainingError(f"decoders take an --img-size of multiples of 32, got {args.img_size}")
     # It builds the backbone itself, by the name of an architecture of timm's.
-    register_hybrid("hybrid_to_segment", args)
+    name = f"tu-{register_hybrid(args)}"
     try:
-        return smp.create_model(
-            args.decoder, "tu-hybrid_to_segment", encoder_weights=None, classes=num_classes
-        )
+        return smp.create_model(args.decoder, name, encoder_weights=None, classes=num_classes)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise TrainingError(f"no {args.decoder} on {args.model}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import reduce
+from itertools import count
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,17 @@ def create_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
-def register_hybrid(name: str, args: argparse.Namespace) -> None:
+_numbers = count(1)
+
+
+def register_hybrid(args: argparse.Namespace) -> str:
     """Make what was asked for an architecture of timm, for libraries that build models by name.
 
     With ``features_only`` it gives the maps of whole blocks or stages, and is in the wrapper as it
     is, not taken apart.
+
+    Returns:
+        The name.
     """
     plan = planned(_plain(args, num_classes=0), args)
 
@@ -75,8 +82,9 @@ def register_hybrid(name: str, args: argparse.Namespace) -> None:
             return timm.create_model(args.model, **kwargs)
         return timm.create_model("tokenconv", base=args.model, tokenconv=plan.to_json(), **kwargs)
 
-    hybrid.__name__ = name
+    hybrid.__name__ = f"hybrid_{next(_numbers)}"
     register_model(hybrid)
+    return hybrid.__name__
 
 
 def _plain(args: argparse.Namespace, num_classes: int) -> nn.Module:

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +16,17 @@ from training.errors import TrainingError
 
 
 def read_picture(source: Any, name: object, mode: str | None) -> Image.Image:
-    """A picture from a path, an open file, or one that is open already.
+    """A picture: of a path, of an open file, which is closed then, or one that is there already.
 
     Raises:
         TrainingError: If it cannot be read to its end.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
+        if isinstance(source, Image.Image):
+            return source if mode is None else source.convert(mode)
+        with Path(source).open("rb") if isinstance(source, str | Path) else source as file:
+            image = Image.open(file)
+            image.load()
         return image if mode is None else image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise TrainingError(f"cannot read {name}: {error}") from error

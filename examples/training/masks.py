@@ -128,10 +128,12 @@ def make_sample(
 
 def _folder(root: Path, split: str) -> Iterable[Pair]:
     masks = {path.stem: path for path in sorted((root / split / "masks").glob("*"))}
-    for image in sorted((root / split / "images").glob("*")):
-        if image.stem not in masks:
-            raise TrainingError(f"{image} has no mask in {root / split / 'masks'}")
-        yield Pair(image, masks[image.stem])
+    images = {path.stem: path for path in sorted((root / split / "images").glob("*"))}
+    for own, others, missing in ((images, masks, "mask"), (masks, images, "picture")):
+        for name in own.keys() - others.keys():
+            folder = root / split / f"{'mask' if missing == 'mask' else 'image'}s"
+            raise TrainingError(f"{own[name]} has no {missing} in {folder}")
+    return [Pair(image, masks[name]) for name, image in images.items()]
 
 
 def _pet(root: Path, split: str) -> Iterable[Pair]:

@@ -85,7 +85,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def masked(tmp_path):
-    """Makes ``{train,val}/{images,masks}`` of pictures of several sizes, red where the mask is 1."""
+    """Makes ``{train,val}/{images,masks}`` of several sizes, red where the mask is 1."""
 
     def make(count=6, size=(40, 36)):
         rng = np.random.default_rng(0)

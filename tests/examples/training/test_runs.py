@@ -84,7 +84,9 @@ def test_only_what_was_inserted_and_the_head_are_trained(train, task):
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_v2_b0"])
 def test_a_control_is_the_same_run_with_attention_only(train, tiny, model):
     tiny = [word for word in tiny if "=" not in word]
-    folder = train("classification", "--insert", "mix_ffn", "--control", "--model", model, tiny=tiny)
+    folder = train(
+        "classification", "--insert", "mix_ffn", "--control", "--model", model, tiny=tiny
+    )
     keys = weights_of(folder).keys()
     assert not any("dwconv" in key or "before" in key for key in keys)
     assert not (last(folder / "weights") / "plan.json").exists()
@@ -160,7 +162,9 @@ def test_a_run_is_not_begun_again_by_mistake(train):
 def test_a_run_does_not_go_on_with_other_settings(train):
     folder = train("classification", "--insert", "mix_ffn")
     before = weights_of(folder)
-    wanted = r"--insert was \['mix_ffn'\] and is \['peg'\]; --lr was 0.001 and is 0.01: use the same"
+    wanted = (
+        r"--insert was \['mix_ffn'\] and is \['peg'\]; --lr was 0.001 and is 0.01: use the same"
+    )
     with pytest.raises(ResumeError, match=wanted):
         train("classification", "--insert", "peg", "--lr", "0.01", "--resume", "auto")
     assert same(before, weights_of(folder))

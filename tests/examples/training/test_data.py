@@ -1,0 +1,332 @@
+"""Where samples come from, and what is wrong with them."""
+
+import io
+import random
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from training.errors import TrainingError
+from training.loading import Augmented, EpochSampler, make_loader
+from training.masks import MaskedImages
+from training.streams import Shards, Streamed
+
+
+class Numbers:
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return index
+
+
+def noisy(sample):
+    drawn = [random.random(), np.random.rand(), float(torch.rand(()))]
+    return torch.tensor([sample, *drawn], dtype=torch.float64)
+
+
+def batches(workers, epoch=1, start=0):
+    sampler = EpochSampler(23, seed=7, group=5)
+    sampler.begin(epoch, start)
+    return [*make_loader(Augmented(Numbers(), noisy, 7), sampler, batch_size=5, workers=workers)]
+
+
+def test_samples_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(3)
+    alone = batches(0)
+    torch.manual_seed(4)
+    beside = batches(2)
+    assert torch.equal(torch.cat(alone), torch.cat(beside))
+    assert len({*torch.cat(alone)[:, 1].tolist()}) == 20  # numbers of their own
+    assert not torch.equal(torch.cat(alone), torch.cat(batches(0, epoch=2)))
+    assert torch.equal(torch.cat(alone)[10:], torch.cat(batches(0, start=10)))
+
+
+def test_global_generators_go_on_where_they_were():
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(())
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    batches(0)
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+# --- pictures and masks ---
+
+
+def test_a_folder_of_masks_is_read(masked):
+    data = MaskedImages(masked(), "train", 2)
+    assert len(data) == 6
+    image, mask = data[2]
+    assert isinstance(image, tv_tensors.Image)
+    assert isinstance(mask, tv_tensors.Mask)
+    assert image.shape == (3, 46, 38)
+    assert mask.shape == (46, 38)
+    assert mask.unique().tolist() == [0, 1, 255]
+    assert (mask[0] == 255).all()
+    assert image[0][mask == 1].float().mean() > image[0][mask == 0].float().mean() + 50
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path)
+
+
+PICTURE = np.zeros((4, 6, 3))
+
+
+def test_oxford_pet_masks(tmp_path):
+    save(tmp_path / "images" / "cat_1.jpg", PICTURE)
+    save(tmp_path / "annotations" / "trimaps" / "cat_1.png", [[1, 2, 3, 1, 2, 3]] * 4)
+    (tmp_path / "annotations" / "trainval.txt").write_text("cat_1 1 1 1\n")
+    (tmp_path / "annotations" / "test.txt").write_text("")
+    data = MaskedImages(tmp_path, "train")
+    assert data.num_classes == 2
+    assert data[0][1][0].tolist() == [1, 0, 255, 1, 0, 255]
+    with pytest.raises(TrainingError, match=r"val of .* holds no pictures"):
+        MaskedImages(tmp_path, "val")
+
+
+def test_ade20k_masks(tmp_path):
+    for split in ("training", "validation"):
+        save(tmp_path / "images" / split / "one.jpg", PICTURE)
+        save(tmp_path / "annotations" / split / "one.png", [[0, 1, 2, 150, 149, 3]] * 4)
+    data = MaskedImages(tmp_path, "val")
+    assert data.num_classes == 150
+    assert data[0][1][0].tolist() == [255, 0, 1, 149, 148, 2]
+
+
+def test_voc_masks(tmp_path):
+    save(tmp_path / "JPEGImages" / "2007_1.jpg", PICTURE)
+    palette = Image.fromarray(np.asarray([[0, 1, 20, 255, 5, 5]] * 4, np.uint8))
+    palette.putpalette([7, 9, 11] * 256)
+    (tmp_path / "SegmentationClass").mkdir()
+    palette.save(tmp_path / "SegmentationClass" / "2007_1.png")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_1\n")
+    data = MaskedImages(tmp_path, "train")
+    assert data.num_classes == 21
+    assert data[0][1][0].tolist() == [0, 1, 20, 255, 5, 5]
+
+
+def cut_off(root):
+    path = root / "train" / "images" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def drop_a_mask(root):
+    (root / "train" / "masks" / "0.png").unlink()
+
+
+def drop_a_picture(root):
+    (root / "train" / "images" / "0.jpg").unlink()
+
+
+def shrink_a_mask(root):
+    save(root / "train" / "masks" / "0.png", np.zeros((3, 5)))
+
+
+def raise_an_id(root):
+    save(root / "train" / "masks" / "0.png", np.full((40, 36), 9))
+
+
+def color_a_mask(root):
+    save(root / "train" / "masks" / "0.png", np.zeros((40, 36, 3)))
+
+
+def empty_a_split(root):
+    for path in (root / "train").rglob("*.*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut_off, r"cannot read .*train/images/0.jpg: "),
+        (drop_a_mask, r"train/images/0.jpg has no mask in .*train/masks"),
+        (drop_a_picture, r"train/masks/0.png has no picture in .*train/images"),
+        (shrink_a_mask, r"0.png and its picture differ in size \(width x height\): 36x40 and 5x3"),
+        (raise_an_id, r"0.png has ids \[9\]; expected 0 to 1, or 255 for what is ignored"),
+        (color_a_mask, r"0.png has pixels of kind RGB; expected one byte each"),
+        (empty_a_split, r"train of .* holds no pictures"),
+    ],
+)
+def test_what_is_wrong_with_masks_is_told(train, masked, damage, told):
+    root = masked()
+    damage(root)
+    with pytest.raises(TrainingError, match=told):
+        train("segmentation", "--data", str(root), "--num-classes", "2", "--batch-size", "4")
+
+
+def test_a_folder_of_no_known_layout_is_told(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"no layout that is known: expected one of .*train/masks"
+    ):
+        MaskedImages(tmp_path, "train", 2)
+
+
+def test_masks_do_not_say_how_many_classes_there_are(masked):
+    with pytest.raises(TrainingError, match="say --num-classes"):
+        MaskedImages(masked(), "train")
+
+
+# --- shards ---
+
+
+# webdataset closes its files when they are collected.
+left_open = pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def write_shards(root, split, shards, count, target):
+    """A WebDataset; the red of every picture is its number in the split."""
+    for shard in range(shards):
+        with tarfile.open(root / f"{split}-{shard}.tar", "w") as tar:
+            for index in range(count):
+                number = shard * count + index
+                parts = {"png": np.full((20, 24, 3), number), target: number % 2}
+                if target == "mask.png":
+                    parts[target] = np.full((20, 24), number % 2)
+                for name, content in parts.items():
+                    file = io.BytesIO()
+                    if isinstance(content, int):
+                        file.write(str(content).encode())
+                    else:
+                        Image.fromarray(content.astype(np.uint8)).save(file, "png")
+                    info = tarfile.TarInfo(f"{number:05d}.{name}")
+                    info.size = file.tell()
+                    file.seek(0)
+                    tar.addfile(info, file)
+
+
+def numbers(sample):
+    return sample[0].getpixel((0, 0))[0], sample[1]
+
+
+@left_open
+def test_shards_to_be_judged_by_are_read_once_in_order(tmp_path):
+    write_shards(tmp_path, "val", 3, 4, "cls")
+    shards = Shards(str(tmp_path / "{split}-{0..2}.tar"), "val", is_mask=False)
+    found = [*Streamed(shards, numbers, None)]
+    assert found == [(n, n % 2) for n in range(12)]
+
+
+@left_open
+def test_shards_to_train_on_are_shuffled_by_epoch_and_shared_out(tmp_path, monkeypatch):
+    write_shards(tmp_path, "train", 4, 5, "cls")
+    seen = {}
+    for epoch in (0, 1):
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            shards = Shards(str(tmp_path / "{split}-*.tar"), "train", is_mask=False, samples=20)
+            stream = Streamed(shards, numbers, seed=1)
+            stream.begin(epoch)
+            iterator = iter(stream)
+            seen[epoch, rank] = [next(iterator)[0] for _ in range(10)]
+    for epoch in (0, 1):
+        read = {n // 5 for n in seen[epoch, "0"]}, {n // 5 for n in seen[epoch, "1"]}
+        assert not read[0] & read[1]  # no shard is read twice
+    assert seen[0, "0"] != seen[1, "0"]
+    assert seen[0, "0"] != sorted(seen[0, "0"])
+
+
+@left_open
+@pytest.mark.parametrize(
+    ("task", "target"), [("classification", "cls"), ("segmentation", "mask.png")]
+)
+def test_shards_are_trained_on(train, tmp_path, task, target):
+    for split, count in (("train", 8), ("val", 5)):
+        write_shards(tmp_path, split, 2, count, target)
+    pattern = str(tmp_path / "{split}-{0..1}.tar")
+    words = ["--data", pattern, "--num-classes", "2", "--samples", "32", "--workers", "1"]
+    folder = train(task, *words, "--insert", "mix_ffn")
+    assert (folder / "checkpoints" / "step-00000004").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["{0..1}.tar", "--num-classes", "2", "--samples", "8"],
+            r"expected \{split\} in the pattern",
+        ),
+        (["{split}-*.tar", "--num-classes", "2", "--samples", "8"], "no shards match .*train-"),
+        (["{split}-0.tar", "--num-classes", "2"], "say --num-classes, --samples"),
+        (
+            ["{split}-0.tar", "--num-classes", "2", "--samples", "32", "--workers", "2"],
+            "1 shards are too few",
+        ),
+    ],
+)
+def test_what_is_wrong_with_shards_is_told(train, tmp_path, words, told):
+    data = str(tmp_path / words[0])
+    with pytest.raises(TrainingError, match=told):
+        train("classification", "--data", data, *words[1:])
+
+
+# --- pictures of classes ---
+
+
+def test_a_folder_of_pictures_is_learned(train, pictures):
+    folder = train("classification", "--data", str(pictures()), "--epochs", "4", "--lr", "3e-3",
+                   "--img-size", "32", "--insert", "mix_ffn", "--batch-size", "8")  # fmt: skip
+    import json
+
+    history = json.loads((folder / "history.json").read_text())
+    assert history[-1]["top1"] > 0.9  # red or not
+    assert json.loads((folder / "settings.json").read_text())["classes"] == ["cat", "dog"]
+
+
+def test_hugging_face_datasets_are_read(train, pictures, tmp_path):
+    pytest.importorskip("datasets")
+    folder = train(
+        "classification", "--data", f"hfds/{pictures()}", "--splits", "train", "validation",
+        "--num-classes", "2", "--batch-size", "8", "--data-root", str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert (folder / "history.json").exists()
+
+
+def cut_off_a_picture(root):
+    path = root / "train" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def drop_a_class(root):
+    for path in (root / "val" / "dog").iterdir():
+        path.unlink()
+    (root / "val" / "dog").rmdir()
+
+
+def drop_a_split(root):
+    (root / "val").rename(root / "test")
+
+
+def drop_all(root):
+    for path in root.rglob("*.png"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut_off_a_picture, r"cannot read cat/0.png: "),
+        (drop_a_class, r"classes that are in one split of .* only: \['dog'\]"),
+        (drop_a_split, r"expected a folder .*val with a folder of pictures per class"),
+        (drop_all, r"cannot read train of .*: Found 0 images"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_is_wrong_with_pictures_is_told(train, pictures, damage, told, workers):
+    root = pictures()
+    damage(root)
+    with pytest.raises(TrainingError, match=told):
+        train("classification", "--data", str(root), "--batch-size", "8", "--workers", workers)
