@@ -355,7 +355,8 @@ class Training:
         if self.average is not None:
             model = self.average.module
         if self.empty is not None:
-            state = self.accelerator.get_state_dict(self.model)  # every process takes part
+            # Every process takes part.
+            state: dict[str, Any] = self.accelerator.get_state_dict(self.model)
             model = self.empty
             if self.accelerator.is_main_process:
                 own = {key: value.clone() for key, value in state.items()}  # not parts of a buffer
