@@ -441,7 +441,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--tasks", nargs="+", choices=tuple(METRICS), default=list(METRICS))
     for name, value, text in (
-        ("seeds", 5, "of weights and batches"), ("steps", 600, "of each run"), ("base-steps", 4000, "of the ViTs that are frozen"),
+        ("seeds", 5, "of weights and batches"), ("steps", 600, "of each run"),
+        ("base-steps", 4000, "of the ViTs that are frozen"),
         ("batch-size", 32, "scenes of a step"), ("scenes", 8192, "to train on, at most"),
         ("test-scenes", 1024, "to be judged by"), ("size", 24, "rows and columns of a scene"),
         ("width", 64, "of the models"), ("depth", 3, "of the ViTs"),

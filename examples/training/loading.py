@@ -117,14 +117,14 @@ def _leave_signals_to_the_loop(_: int) -> None:
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
     """Global generators that begin anew, and go on where they were afterwards."""
-    state = random.getstate(), np.random.get_state()
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
     try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(drawn)
-            np.random.seed(drawn)
-            torch.manual_seed(drawn)
-            yield
+        random.seed(drawn)
+        np.random.seed(drawn)
+        torch.default_generator.manual_seed(drawn)  # torch.manual_seed takes 1 ms for all devices
+        yield
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
