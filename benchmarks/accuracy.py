@@ -149,31 +149,31 @@ def count(model: nn.Module) -> int:
 
 @cache
 def matched_ratio(name: str, width: int, depth: int, size: int) -> float:
-    """How wide MLPs may be so that the model is as large as the baseline's with a ratio of 4."""
+    """How wide MLPs may be so that the model is no larger than the baseline's with a ratio of 4."""
     args, arm = argparse.Namespace(width=width, depth=depth, size=size), SCRATCH[name]
     baseline = SCRATCH[BASELINES["scratch"][arm.model]]
     with torch.device("meta"):
         wanted = count(insert(plain(arm.model, args), baseline, args))
-    low, high = 0.0, 8.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        fits = count(insert(plain(arm.model, args, middle), arm, args)) <= wanted
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+        low, high = (
+            count(insert(plain(arm.model, args, ratio), arm, args)) for ratio in (1.0, 4.0)
+        )
+    return 1 + 3 * (wanted - low) / (high - low)  # a hidden width is rounded down
 
 
 def make_model(run: Run, args: argparse.Namespace) -> nn.Module:
     """The model of a run, with what is to be trained set."""
-    torch.manual_seed(run.seed)
     arm = ARMS[run.setting][run.arm]
     if run.setting == "scratch":
-        shape = args.width, args.depth, args.size
-        model = insert(plain(arm.model, args, matched_ratio(run.arm, *shape)), arm, args)
+        ratio = matched_ratio(run.arm, args.width, args.depth, args.size)
+        torch.manual_seed(run.seed)
+        model = insert(plain(arm.model, args, ratio), arm, args)
         return (
             Segmenter(model, LinearHead, len(MASK_CLASSES)) if run.task == "segmentation" else model
         )
+    base = base_file(run.seed, args)
+    torch.manual_seed(run.seed)
     model = plain(arm.model, args)
-    load_model(model, str(base_file(run.seed, args)))
+    load_model(model, str(base))
     insert(model, arm, args)
     if arm.block is None:
         model.requires_grad_(False)

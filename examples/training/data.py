@@ -32,8 +32,8 @@ class Data:
     order: Order
     """Of the training data."""
     val: "DataLoader[Any]"
-    is_sharded: bool = False
-    """Whether each process reads training data of its own already."""
+    is_stream: bool = False
+    """Whether training data have no end, and each process reads its own already."""
 
 
 def make_data(
@@ -79,7 +79,7 @@ def make_data(
         stream = Streamed(train, augment, seed)
         own = max(1, part // accelerator.num_processes)
         loader = make_loader(stream, None, batch_size=own, workers=workers)
-        return Data(loader, stream, judged, is_sharded=True)
+        return Data(loader, stream, judged, is_stream=True)
     order = EpochSampler(len(train), seed=seed, group=settings.batch_size)
     augmented = Augmented(train, augment, seed)
     return Data(make_loader(augmented, order, batch_size=part, workers=workers), order, judged)

@@ -104,7 +104,7 @@ class DigitScenes(Dataset[Scene]):
                 continue
             cover, corner = _cover(strokes[which], place, rng.uniform(-_TURN, _TURN))
             image.paste(_ink(rng), corner, cover)
-            mask.paste(int(labels[which]) + 1, corner, cover.point(_IS_COVERED))
+            mask.paste(int(labels[which]) + 1, corner, Image.fromarray(np.asarray(cover) > 127))
         return Scene(image, mask, int(labels[chosen[0]]))
 
 
@@ -125,21 +125,14 @@ def _places(
     """Where digits of these sides do not touch each other; None for one that finds no place."""
     found: list[_Place | None] = []
     for side in sides:
-        found.append(None)
-        for _ in range(_TRIES):
-            row, col = (rng.uniform(side / 2, extent - side / 2) for extent in size)
-            if all(
-                math.hypot(row - other.row, col - other.col) > 0.5 * (side + other.side)
-                for other in found
-                if other
-            ):
-                found[-1] = _Place(row, col, side)
-                break
+        tried = rng.uniform(side / 2, np.subtract(size, side / 2), (_TRIES, 2))
+        free = np.ones(_TRIES, dtype=bool)
+        for other in filter(None, found):
+            distance = np.hypot(tried[:, 0] - other.row, tried[:, 1] - other.col)
+            free &= distance > 0.5 * (side + other.side)
+        row, col = tried[free.argmax()].tolist()
+        found.append(_Place(row, col, side) if free.any() else None)
     return found
-
-
-_SHARPER = [max(0, min(255, 3 * (value - 77))) for value in range(256)]
-_IS_COVERED = [255 * (value > 127) for value in range(256)]
 
 
 def _cover(stroke: Image.Image, place: _Place, angle: float) -> tuple[Image.Image, tuple[int, int]]:
@@ -153,7 +146,8 @@ def _cover(stroke: Image.Image, place: _Place, angle: float) -> tuple[Image.Imag
     drawn = stroke.transform(
         (extent, extent), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
     )
-    return drawn.point(_SHARPER), (left, top)
+    sharper = 3 * (np.asarray(drawn, dtype=np.int16) - 77)
+    return Image.fromarray(sharper.clip(0, 255).astype(np.uint8)), (left, top)
 
 
 def _ink(rng: np.random.Generator) -> tuple[int, int, int]:

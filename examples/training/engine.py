@@ -165,7 +165,8 @@ class Training:
             model, optimizer, scheduler, data.val
         )
         prepare = accelerator.prepare_data_loader
-        self.train_loader = data.train if data.is_sharded else prepare(data.train)
+        self.is_stream = data.is_stream
+        self.train_loader = data.train if data.is_stream else prepare(data.train)
         accelerator.register_for_checkpointing(self.progress)
         if self.average is not None:
             accelerator.register_for_checkpointing(self.average)
@@ -203,7 +204,7 @@ class Training:
         settings, progress = self.settings, self.progress
         done = progress.step - progress.epoch * self.steps_per_epoch
         self.order.begin(progress.epoch, done * settings.batch_size)
-        batches = (self.steps_per_epoch - done) * settings.accumulate
+        batches = (self.steps_per_epoch - done) * settings.accumulate  # a stream has no end
         self.model.train()
         losses: list[Tensor] = []
         with tqdm(
@@ -214,7 +215,7 @@ class Training:
             disable=not self.accelerator.is_main_process,
         ) as bar:
             parts: list[Tensor] = []
-            for batch in islice(self.train_loader, batches):
+            for batch in islice(self.train_loader, batches if self.is_stream else None):
                 parts.append(self._part(send_to_device(batch, self.accelerator.device)))
                 if len(parts) < settings.accumulate:
                     continue
@@ -226,7 +227,7 @@ class Training:
                 if progress.step % settings.log_every == 0 or at_end:
                     bar.set_postfix(loss=f"{self._log(losses):.4f}")
                     losses = []
-                self._stopping = self._is_stopped()
+                self._stopping = self.accelerator.check_trigger()
                 due = settings.save_every and progress.step % settings.save_every == 0
                 if not at_end and (due or self._stopping):
                     self._save(losses)
@@ -281,10 +282,11 @@ class Training:
         best = max(self.progress.history, key=lambda epoch: epoch[self.task.best])
         if best is self.progress.history[-1]:
             self._save_weights()
-        self._save([])
         if self.accelerator.is_main_process:
             write_json(self.progress.history, self.settings.out / "history.json")
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._save([])  # the last: what a run goes on from must have all before it
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        if self.accelerator.is_main_process:
             tqdm.write(f"epoch {self.progress.epoch}: {shown}")
 
     # --- evaluation ---
@@ -389,9 +391,6 @@ class Training:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-
-    def _is_stopped(self) -> bool:
-        return self.accelerator.check_trigger()
 
     def _share_of_lr(self, step: int) -> float:
         """Rises to 1 and falls to 0 along a cosine."""

@@ -103,15 +103,16 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_loop,
+        worker_init_fn=_give_way,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # so that loading draws nothing from the global one
     )
 
 
-def _leave_signals_to_the_loop(_: int) -> None:
-    """What is sent to the group of processes would end workers that the last step still needs."""
-    os.setsid()
+def _give_way(_: int) -> None:
+    """On a CPU the step comes first; and what is sent to the group of processes is for the loop."""
+    os.nice(10)
+    os.setsid()  # or SIGTERM would end workers that the last step still needs
 
 
 @contextmanager

@@ -44,9 +44,9 @@ def train(tmp_path):
 @pytest.fixture
 def start(tmp_path):
     """Starts a script as a process of its own, or as several that train together."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def run(script, *words, processes=1, out="run"):
+    def run(script, *words, processes=1, out="run", threads=1):
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(together if processes > 1 else []), str(EXAMPLES / script)]
         return subprocess.Popen(

@@ -140,10 +140,24 @@ def test_what_does_not_fit_is_told(train, words, told):
         train("segmentation", *words, tiny=[*SMALL])
 
 
-def test_layer_decay_and_mixup_and_checkpointing_are_taken(train):
-    folder = train(
-        "classification", "--insert", "mix_ffn", "--layer-decay", "0.7", "--mixup", "0.2",
-        "--cutmix", "1.0", "--grad-checkpointing", "--auto-augment", "rand-m9-mstd0.5",
-        "--random-erasing", "0.2",
+AUGMENTED = ["--auto-augment", "rand-m9-mstd0.5", "--random-erasing", "0.2", "--mixup", "0.2"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--layer-decay", "0.7", "--grad-checkpointing", "--cutmix", "1.0", *AUGMENTED],
+        ["--precision", "bf16", "--smoothing", "0", "--clip-grad", "0"],
+        pytest.param(["--compile"], marks=[pytest.mark.compile, pytest.mark.slow]),
+    ],
+    ids=lambda words: words[0],
+)
+def test_recipes_move_every_weight(train, words):
+    shared = ["--insert", "mix_ffn", "--model-arg=global_pool=avg", *words]
+    before, after = (
+        load_file(last(train("classification", *shared, "--lr", lr, out=lr) / "checkpoints")
+                  / "model.safetensors")
+        for lr in ("0", "1e-3")
     )  # fmt: skip
-    assert (last(folder / "weights") / "delta.safetensors").exists()
+    assert all(value.isfinite().all() for value in after.values())
+    assert [key for key in after if torch.equal(before[key], after[key])] == []
