@@ -1,6 +1,6 @@
 """What does training cost besides the arithmetic: loading of data, and memory with a frozen base.
 
-    python benchmarks/training.py --out benchmarks/results/0.1.0/training.json
+    python benchmarks/train_step.py --out benchmarks/results/0.1.0/train_step.json
 
 ``loading`` trains the example's classifier with its own loader, ``cached`` the same model on one
 batch that is there already; blocks of steps of both alternate in random order. The first steps of a
