@@ -1,9 +1,9 @@
-"""Train one hybrid for several visual domains that share all but their depthwise convolutions.
+r"""Train one hybrid for several visual domains that share all but their depthwise convolutions.
 
 python examples/train_domains.py
 python examples/train_domains.py --share none --out runs/full
 python examples/train_domains.py --data decathlon --domains imagenet12 aircraft vgg-flowers
-python examples/train_domains.py --img-size 32 --scenes 2048 --epochs 8 --batch-size 32 \\
+python examples/train_domains.py --img-size 32 --scenes 2048 --epochs 8 --batch-size 32 \
     --model-arg patch_size=4 --model-arg embed_dim=64 --model-arg depth=4 --model-arg num_heads=2
 
 After Guo et al., "Depthwise Convolution is All You Need for Learning Multiple Visual Domains"

@@ -143,9 +143,10 @@ def planned(model: nn.Module, args: argparse.Namespace) -> tc.Plan | None:
 def backbone_of(model: Any) -> Any:
     """The timm model in a model: itself, or what a head or decoder stands on."""
     if hasattr(model, "encoder"):  # of segmentation_models_pytorch
-        inner = model.encoder.model
-        return inner.model if isinstance(inner, FeatureGetterNet) else inner
-    return getattr(model, "backbone", model)
+        return backbone_of(model.encoder.model)
+    if isinstance(model, FeatureGetterNet):
+        return model.model
+    return backbone_of(model.backbone) if hasattr(model, "backbone") else model
 
 
 def outside(model: nn.Module) -> list[nn.Parameter]:
