@@ -197,10 +197,10 @@ class Detection:
             own = own[own[:, 4] > 0]
             found = found[found[:, 5] >= _SURE]
             found = found[found[:, 5].argsort(descending=True)]
-            colors = ["lime" if right else "red" for right in matched(found, own)]
+            colors: Any = ["lime" if right else "red" for right in matched(found, own)]
             names = [CLASSES[int(which) - 1] for which in found[:, 4]]
             large = functional.interpolate(image[None], scale_factor=4)[0]
-            for boxes, color, label in ((own, ["grey"] * len(own), None), (found, colors, names)):
+            for boxes, label, color in ((own, None, "grey"), (found, names, colors)):
                 if len(boxes):
                     large = draw_bounding_boxes(large, 4 * boxes[:, :4], label, color, width=2)
             drawn.append(large)
