@@ -3,7 +3,7 @@ r"""Take noise out of photographs with a U of attention in windows and convoluti
 python examples/denoise.py
 python examples/denoise.py --block mlp --out runs/denoise-mlp
 python examples/denoise.py --data path/to/folder --size 128 --dim 48
-python examples/denoise.py --size 32 --crops 512 --dim 16 --blocks 1 --epochs 8 --batch-size 16
+python examples/denoise.py --size 32 --crops 512 --dim 16 --blocks 1 --epochs 8 --batch-size 8
 
 --block is the feed-forward of every block: gdfn of Restormer, uformer_leff of Uformer, or mlp, the
 control without convolution. Attention sees windows of 8x8 pixels, as in Uformer. Training takes
@@ -233,7 +233,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=2048, help="of an epoch")
     parser.add_argument("--sigma", type=float, default=25.0, help="of the noise; white is 255")
     Settings.add_options(parser.add_argument_group("training"))
-    parser.set_defaults(out=Path("runs/denoise"), batch_size=16)
+    parser.set_defaults(out=Path("runs/denoise"), batch_size=16, lr=3e-3)
     return parser.parse_args(words)
 
 

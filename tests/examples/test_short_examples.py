@@ -277,7 +277,7 @@ def test_a_run_detects_and_keeps_a_picture_and_the_hybrid(tmp_path):
     args = detect.parse([*words, "--batch-size", "8", "--out", str(tmp_path)])
     history = detect.run(args)
     assert history[0].keys() == {"epoch", "recall", "precision", "f1"}
-    assert size_of(tmp_path / "samples.png") == (4 * 130 + 2, 4 * 130 + 2)
+    assert size_of(tmp_path / "samples.png") == (4 * 130 + 2, 2 * 130 + 2)
     kept = {path.name for path in last(tmp_path / "weights").iterdir()}
     assert kept == {"model.safetensors", "head.safetensors", "plan.json", "delta.safetensors"}
 
@@ -293,19 +293,19 @@ def test_what_is_no_pyramid_is_told(tmp_path):
 
 # --- denoise.py ---
 
-CROPS = ["--size", "32", "--dim", "16", "--blocks", "1", "--workers", "0", "--batch-size", "8"]
+CROPS = ["--size", "32", "--dim", "16", "--blocks", "1", "--workers", "0", "--batch-size", "4"]
 
 
 @pytest.mark.parametrize("block", denoise.BLOCKS)
 def test_noise_is_taken_out_of_photographs(tmp_path, block):
-    words = ["--crops", "128", "--epochs", "2", "--lr", "4e-3", "--block", block]
+    words = ["--crops", "128", "--epochs", "2", "--lr", "1e-2", "--block", block]
     history = denoise.run(denoise.parse([*CROPS, *words, "--out", str(tmp_path)]))
     before, first, after = history[0]["psnr_before"], history[0]["psnr"], history[-1]["psnr"]
     assert 20 < before < 21  # 20 log10(255 / 25), and what is cut off at black and white
     assert history[-1]["psnr_before"] == before
     assert after > first
-    assert after > before + 1
-    assert size_of(tmp_path / "samples.png") == (8 * 34 + 2, 3 * 34 + 2)
+    assert after > before + 0.3
+    assert size_of(tmp_path / "samples.png") == (4 * 34 + 2, 3 * 34 + 2)
 
 
 def test_a_denoiser_begins_with_the_picture_and_all_of_it_is_trained():
@@ -321,7 +321,7 @@ def test_a_denoiser_begins_with_the_picture_and_all_of_it_is_trained():
 def test_only_the_control_has_no_convolution_between_windows():
     x = torch.rand(1, 16, 16, 16)
     other = x.clone()
-    other[..., 7, 7] += 1  # the last pixel of the first window
+    other[:, 0, 7, 7] += 1  # the last pixel of the first window
     for name in denoise.BLOCKS:
         torch.manual_seed(0)
         block = denoise.Block(16, name).eval()
