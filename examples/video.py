@@ -3,12 +3,12 @@
 python examples/video.py
 python examples/video.py --control --out runs/video-control
 python examples/video.py --label digit
-python examples/video.py --frames 6 --clips 1024 --dim 48 --depth 2 --epochs 10 --batch-size 32
+python examples/video.py --frames 6 --size 24 --clips 1024 --dim 32 --depth 2 --epochs 2 --batch-size 16
 
 A handwritten digit of scikit-learn moves over noise, and leaves on one side to come back on the
 other. The class of a clip is the way it goes, which no single frame tells, or with --label digit
-the digit. Behind every block of a Transformer over all tokens of the clip stands a depthwise
-convolution over frames, rows and columns; --control leaves them out.
+the digit. In every MLP of a Transformer over all tokens of the clip is a depthwise convolution over
+frames, rows and columns; --control leaves them out.
 """
 
 import argparse
@@ -33,8 +33,7 @@ import tokenconv as tc
 from tokenconv.layers import DWConv3d
 
 WAYS = {
-    "right": (0, 1), "down right": (1, 1), "down": (1, 0), "down left": (1, -1),
-    "left": (0, -1), "up left": (-1, -1), "up": (-1, 0), "up right": (-1, 1),
+    "right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0),
 }  # fmt: skip
 """Rows and columns of a step."""
 LABELS = {"way": tuple(WAYS), "digit": tuple("0123456789")}
@@ -42,6 +41,8 @@ _DIGITS = {"train": slice(0, 1300), "val": slice(1300, 1797)}
 """Hardly a writer is in both."""
 _SIDE = 16
 """Of a digit, in pixels."""
+_MEAN = _DEVIATION = 0.3
+"""Of the pixels of a clip, about."""
 
 
 class MovingDigits:
@@ -74,11 +75,31 @@ class MovingDigits:
         canvas = np.zeros((self.size, self.size))
         canvas[:_SIDE, :_SIDE] = self.strokes[which]
         start = rng.integers(self.size, size=2)
-        step = np.array(tuple(WAYS.values())[way]) * rng.integers(1, 4)
+        step = np.array(tuple(WAYS.values())[way]) * rng.integers(2, 5)
         moved = [np.roll(canvas, start + time * step, (0, 1)) for time in range(self.frames)]
         noise = rng.uniform(0, 0.4, (self.frames, self.size, self.size))
         clip = torch.from_numpy(np.maximum(moved, noise)).float()
         return clip, way if self.label == "way" else int(self.digits[which])
+
+
+class MixAct(nn.Module):
+    """``act(x + DWConv3d(x))`` in an MLP: the mix-FFN of PVT v2, over frames as well.
+
+    Args:
+        dim: Hidden channels of the MLP.
+        grid: Frames, rows and columns of the tokens.
+        act: The activation that the MLP has.
+    """
+
+    def __init__(self, dim: int, grid: tc.TokenGrid, act: nn.Module):
+        super().__init__()
+        self.grid = grid
+        self.conv = DWConv3d(dim, residual=True)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, T*H*W, C)``."""
+        return self.act(self.conv(x, self.grid))
 
 
 class ClipClassifier(nn.Module):
@@ -90,7 +111,7 @@ class ClipClassifier(nn.Module):
         dim: Channels.
         depth: Blocks.
         num_classes: Of the clips.
-        with_conv: Put a convolution over frames, rows and columns behind every block.
+        with_conv: Put a convolution over frames, rows and columns into every MLP.
     """
 
     def __init__(
@@ -101,22 +122,18 @@ class ClipClassifier(nn.Module):
         self.grid = tc.TokenGrid(grid)
         self.embed = nn.Conv3d(1, dim, (1, patch, patch), stride=(1, patch, patch))
         self.position = nn.Parameter(0.02 * torch.randn(self.grid.num_tokens, dim))
-        self.blocks = nn.ModuleList(Block(dim, max(1, dim // 16)) for _ in range(depth))
-        mixers = [DWConv3d(dim, residual=True) for _ in range(depth if with_conv else 0)]
-        for mixer in mixers:
-            mixer.init_neutral_()  # x + 0: the control, until it is trained
-        self.mixers = nn.ModuleList(mixers)
+        blocks = [Block(dim, max(1, dim // 16)) for _ in range(depth)]
+        if with_conv:
+            for block in blocks:
+                block.mlp.act = MixAct(block.mlp.fc1.out_features, self.grid, block.mlp.act)
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits of clips ``(B, T, H, W)``."""
-        x = tc.map_to_tokens(self.embed(clips[:, None])) + self.position
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            if self.mixers:
-                x = self.mixers[number](x, self.grid)
-        return self.head(self.norm(x).mean(1))
+        x = tc.map_to_tokens(self.embed((clips[:, None] - _MEAN) / _DEVIATION)) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
 
 
 class ClipClassification(Classification):
@@ -149,7 +166,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--control", action="store_true", help="leave out the convolutions")
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
     parser.add_argument("--size", type=int, default=32, help="side of a frame")
-    parser.add_argument("--patch", type=int, default=8, help="side of a patch, divides --size")
+    parser.add_argument("--patch", type=int, default=4, help="side of a patch, divides --size")
     parser.add_argument("--clips", type=int, default=4096, help="how many to train on")
     parser.add_argument("--dim", type=int, default=96, help="channels, a multiple of 16")
     parser.add_argument("--depth", type=int, default=4, help="blocks")
