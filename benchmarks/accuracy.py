@@ -271,9 +271,7 @@ def evaluate(
 
 
 def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """One run, in a process of its own thread."""
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    """One run."""
     model = make_model(run, args)
     begun = time.perf_counter()
     curve = train(model, run, args.steps, args)
@@ -300,12 +298,14 @@ def all_runs(args: argparse.Namespace) -> Iterator[Run]:
 def perform_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Every run that the result does not hold yet; the file is written after each."""
     missing = [run for run in all_runs(args) if run.key not in result["runs"]]
-    if "adapt" in args.settings:
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+    # A thread each: those of several processes would wait for each other.
+    with ProcessPoolExecutor(
+        args.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        if "adapt" in args.settings:
             seeds = range(args.seeds)
             for _ in tqdm(pool.map(base_file, seeds, repeat(args)), "bases", len(seeds)):
                 pass
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(perform, run, args): run for run in missing}
         for done in tqdm(as_completed(running), "runs", len(running), unit="run"):
             result["runs"][running[done].key] = done.result()

@@ -198,6 +198,26 @@ def _transformed(transform: Any, sample: Sample) -> tuple[Tensor, int]:
     return transform(sample[0]), sample[1]
 
 
+def add_augmentations(group: argparse._ArgumentGroup) -> None:
+    """What ``transforms`` and ``make_task`` do to pictures and labels."""
+    group.add_argument("--least-crop", type=float, default=0.7, help="smallest share of an image")
+    group.add_argument("--auto-augment", help="such as rand-m9-mstd0.5")
+    group.add_argument("--random-erasing", type=float, default=0.0, help="probability")
+    group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup")
+    group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")
+    group.add_argument("--smoothing", type=float, default=0.1, help="of labels")
+
+
+def make_task(args: argparse.Namespace, classes: tuple[str, ...]) -> Classification:
+    """To tell these classes, with mixed images if that was asked for."""
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(classes)
+        )
+    return Classification(classes, mixup, args.smoothing)
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(
@@ -212,12 +232,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num-classes", type=int, help="where the data do not name them")
     data.add_argument("--samples", type=int, help="of an epoch, where shards are read")
     data.add_argument("--scenes", type=int, default=8192, help="how many to train on")
-    data.add_argument("--least-crop", type=float, default=0.7, help="smallest share of an image")
-    data.add_argument("--auto-augment", help="such as rand-m9-mstd0.5")
-    data.add_argument("--random-erasing", type=float, default=0.0, help="probability")
-    data.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup")
-    data.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")
-    data.add_argument("--smoothing", type=float, default=0.1, help="of labels")
+    add_augmentations(data)
     Settings.add_options(parser.add_argument_group("training"))
     args = parser.parse_args(words)
     if args.data is None and args.img_size is None:
@@ -232,12 +247,7 @@ def run(args: argparse.Namespace) -> None:
     train, val, classes = open_data(args)
     model = create_model(args, len(classes))
     choose_trained(model, args)
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(classes)
-        )
-    task = Classification(classes, mixup, args.smoothing)
+    task = make_task(args, classes)
     augment, judge = transforms(args, model)
     data = make_data(
         train, val, augment, judge,

@@ -11,7 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
-from torch import nn
+from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import tokenconv as tc
 from tokenconv.surgery import inserted_modules
@@ -107,6 +108,17 @@ def write_json(content: Any, path: Path) -> None:
     staging = path.with_name(f".{path.name}")
     try:
         staging.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        _to_disk(staging)
+        staging.replace(path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error}") from error
+
+
+def write_picture(picture: Tensor, path: Path) -> None:
+    """Write a picture ``(3, H, W)`` in 0 to 1 whole, or not at all."""
+    staging = path.with_name(f".{path.name}")
+    try:
+        save_image(picture, staging)
         _to_disk(staging)
         staging.replace(path)
     except OSError as error:

@@ -53,6 +53,16 @@ _TURN = 0.45
 _TRIES = 20
 
 
+class Box(NamedTuple):
+    """The smallest rectangle around a digit, in pixels; right and lower edge are behind it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    digit: int
+
+
 class Scene(NamedTuple):
     """A picture and what is in it."""
 
@@ -62,6 +72,8 @@ class Scene(NamedTuple):
     """Ids of one byte: 0 for background, 1 to 10 for the digits 0 to 9."""
     label: int
     """The digit that is largest."""
+    boxes: tuple[Box, ...]
+    """Of all digits, the largest first."""
 
 
 class DigitScenes(Dataset[Scene]):
@@ -99,13 +111,16 @@ class DigitScenes(Dataset[Scene]):
         largest = rng.uniform(*_LARGEST) * min(self.size)
         sides = [largest, *(largest * rng.uniform(*_OTHERS, rng.integers(1, _MOST_OTHERS + 1)))]
         chosen = rng.integers(len(labels), size=len(sides))
+        boxes: list[Box] = []
         for which, place in zip(chosen, _places(sides, self.size, rng), strict=True):
             if place is None:
                 continue
             cover, corner = _cover(strokes[which], place, rng.uniform(-_TURN, _TURN))
             image.paste(_ink(rng), corner, cover)
-            mask.paste(int(labels[which]) + 1, corner, Image.fromarray(np.asarray(cover) > 127))
-        return Scene(image, mask, int(labels[chosen[0]]))
+            covered = Image.fromarray(np.asarray(cover) > 127)
+            mask.paste(int(labels[which]) + 1, corner, covered)
+            boxes += _boxes(covered, corner, image.size, int(labels[which]))
+        return Scene(image, mask, int(labels[chosen[0]]), tuple(boxes))
 
 
 def digit_splits(scenes: int) -> Sequence[tuple[Split, int]]:
@@ -148,6 +163,20 @@ def _cover(stroke: Image.Image, place: _Place, angle: float) -> tuple[Image.Imag
     )
     sharper = 3 * (np.asarray(drawn, dtype=np.int16) - 77)
     return Image.fromarray(sharper.clip(0, 255).astype(np.uint8)), (left, top)
+
+
+def _boxes(
+    covered: Image.Image, corner: tuple[int, int], size: tuple[int, int], digit: int
+) -> list[Box]:
+    """The box of a digit, as far as it is in the scene; none where nothing is."""
+    found = covered.getbbox()
+    if found is None:
+        return []
+    (left, right), (top, bottom) = (
+        [min(max(found[axis + end] + corner[axis], 0), size[axis]) for end in (0, 2)]
+        for axis in (0, 1)
+    )
+    return [Box(left, top, right, bottom, digit)] if left < right and top < bottom else []
 
 
 def _ink(rng: np.random.Generator) -> tuple[int, int, int]:

@@ -25,7 +25,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
-from training.checkpoints import check_same, last, save_checkpoint, save_weights, write_json
+from training.checkpoints import (
+    check_same,
+    last,
+    save_checkpoint,
+    save_weights,
+    write_json,
+    write_picture,
+)
 from training.data import Data
 from training.errors import ResumeError, TrainingError
 from training.hybrids import backbone_of, param_groups
@@ -154,7 +161,10 @@ class Training:
                 f"got {settings.batch_size}, {settings.accumulate} and {accelerator.num_processes}"
             )
         if settings.grad_checkpointing:
-            backbone_of(model).set_grad_checkpointing(True)
+            backbone = backbone_of(model)
+            if not hasattr(backbone, "set_grad_checkpointing"):
+                raise TrainingError(f"--grad-checkpointing: {type(backbone).__name__} has none")
+            backbone.set_grad_checkpointing(True)
         optimizer = torch.optim.AdamW(param_groups(model, settings))
         scheduler = LambdaLR(optimizer, self._share_of_lr)
         self.average = self._average_of(model) if settings.ema else None
@@ -315,8 +325,10 @@ class Training:
         return maps
 
     def _show(self, picture: Tensor) -> None:
+        picture = picture.float().cpu()
+        write_picture(picture, self.settings.out / "samples.png")
         for tracker in self.accelerator.trackers:
-            tracker.writer.add_image("val/samples", picture.float().cpu(), self.progress.step)
+            tracker.writer.add_image("val/samples", picture, self.progress.step)
 
     # --- beginning, going on, ending ---
 

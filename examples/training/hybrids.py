@@ -18,8 +18,13 @@ from training.errors import TrainingError
 from training.settings import Settings
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, what goes in, and what is trained."""
+def add_model_options(parser: argparse.ArgumentParser, *, is_compared: bool = True) -> None:
+    """Which model, what goes in, and what is trained.
+
+    Args:
+        parser: Gets the options.
+        is_compared: Whether it has ``--control`` and ``--trainable``, too.
+    """
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="vit_tiny_patch16_224", help="name of a timm model")
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights")
@@ -28,16 +33,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--insert", action="append", default=[], metavar="PLAN|NAME",
         help="a block, or the JSON file of a plan; repeat for several",
     )  # fmt: skip
-    group.add_argument(
-        "--control", action="store_true",
-        help="leave out what --insert says, and the convolutions of the model's MLPs: the same "
-        "run with attention only",
-    )  # fmt: skip
-    group.add_argument(
-        "--trainable", default="all",
-        choices=("all", "inserted+head", "inserted", "depthwise+norm+head"),
-        help="what is trained",
-    )  # fmt: skip
+    if is_compared:
+        group.add_argument(
+            "--control", action="store_true",
+            help="leave out what --insert says, and the convolutions of the model's MLPs: the same "
+            "run with attention only",
+        )  # fmt: skip
+        group.add_argument(
+            "--trainable", default="all",
+            choices=("all", "inserted+head", "inserted", "depthwise+norm+head"),
+            help="what is trained",
+        )  # fmt: skip
+    else:
+        parser.set_defaults(control=False, trainable="all")
     group.add_argument("--drop-path", type=float, default=0.0, help="rate of stochastic depth")
     group.add_argument("--img-size", type=int, nargs="+", metavar="H [W]", help="size of an image")
     group.add_argument(
@@ -135,9 +143,10 @@ def planned(model: nn.Module, args: argparse.Namespace) -> tc.Plan | None:
 def backbone_of(model: Any) -> Any:
     """The timm model in a model: itself, or what a head or decoder stands on."""
     if hasattr(model, "encoder"):  # of segmentation_models_pytorch
-        inner = model.encoder.model
-        return inner.model if isinstance(inner, FeatureGetterNet) else inner
-    return getattr(model, "backbone", model)
+        return backbone_of(model.encoder.model)
+    if isinstance(model, FeatureGetterNet):
+        return model.model
+    return backbone_of(model.backbone) if hasattr(model, "backbone") else model
 
 
 def outside(model: nn.Module) -> list[nn.Parameter]:
