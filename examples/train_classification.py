@@ -183,7 +183,7 @@ def transforms(args: argparse.Namespace, model: nn.Module) -> tuple[Any, Any]:
         is_training=True,
         scale=(args.least_crop, 1.0),
         hflip=0.0 if args.data is None else 0.5,  # a mirrored digit is another one, or none
-        color_jitter=0.4 if args.auto_augment is None else 0.0,
+        color_jitter=args.color_jitter,
         auto_augment=args.auto_augment,
         re_prob=args.random_erasing,
         interpolation=config["interpolation"],
@@ -201,7 +201,8 @@ def _transformed(transform: Any, sample: Sample) -> tuple[Tensor, int]:
 def add_augmentations(group: argparse._ArgumentGroup) -> None:
     """What ``transforms`` and ``make_task`` do to pictures and labels."""
     group.add_argument("--least-crop", type=float, default=0.7, help="smallest share of an image")
-    group.add_argument("--auto-augment", help="such as rand-m9-mstd0.5")
+    group.add_argument("--color-jitter", type=float, default=0.0, help="strength, such as 0.4")
+    group.add_argument("--auto-augment", help="such as rand-m9-mstd0.5, instead of colour jitter")
     group.add_argument("--random-erasing", type=float, default=0.0, help="probability")
     group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup")
     group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")

@@ -51,6 +51,8 @@ _MOST_OTHERS = 3
 _TURN = 0.45
 """Largest angle of a digit, in radians."""
 _TRIES = 20
+_KEPT = 2**28
+"""Bytes of the scenes that a data set keeps."""
 
 
 class Box(NamedTuple):
@@ -79,6 +81,9 @@ class Scene(NamedTuple):
 class DigitScenes(Dataset[Scene]):
     """Scenes of a split; the same index is the same scene, whoever asks and whenever.
 
+    Scenes are kept in memory as they are composed, up to 256 MiB of them, so that later epochs have
+    them at once.
+
     Args:
         split: ``train``, ``val`` or ``test``; they share neither digits nor photographs.
         size: Rows and columns of a scene.
@@ -97,6 +102,8 @@ class DigitScenes(Dataset[Scene]):
         self.size = size
         self.length = length
         self.seed = seed
+        self._kept: dict[int, Scene] = {}
+        self._most_kept = _KEPT // (4 * math.prod(size))
 
     def __len__(self) -> int:
         return self.length
@@ -104,6 +111,12 @@ class DigitScenes(Dataset[Scene]):
     def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
+        scene = self._kept.get(index) or self._compose(index)
+        if len(self._kept) < self._most_kept:
+            self._kept[index] = scene
+        return scene
+
+    def _compose(self, index: int) -> Scene:
         rng = np.random.default_rng((self.seed, tuple(_DIGITS).index(self.split), index))
         strokes, labels = _digits(self.split)
         image = _background(self.split, self.size, rng)

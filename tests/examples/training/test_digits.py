@@ -17,6 +17,16 @@ def test_the_same_index_is_the_same_scene():
     assert DigitScenes("train", length=8, seed=1)[5].image.tobytes() != one.image.tobytes()
 
 
+def test_scenes_are_kept_as_long_as_there_is_room(monkeypatch):
+    monkeypatch.setattr(digits, "_KEPT", 2 * 4 * 32 * 32)
+    scenes = DigitScenes("train", size=(32, 32), length=8)
+    first = [scenes[index] for index in range(8)]
+    assert [scenes[index] is first[index] for index in range(8)] == [True] * 2 + [False] * 6
+    for index, scene in enumerate(first):
+        assert scenes[index].image.tobytes() == scene.image.tobytes()
+        assert scenes[index].boxes == scene.boxes
+
+
 def test_splits_share_neither_digits_nor_photographs():
     strokes = {split: {s.tobytes() for s in digits._digits(split)[0]} for split in SPLITS}
     assert sum(len(digits._digits(split)[0]) for split in SPLITS) == len(load_digits().target)
