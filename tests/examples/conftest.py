@@ -4,15 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 @pytest.fixture
-def no_accelerator():
-    """Forget the accelerator of a script that ran in this process."""
-    from accelerate.state import AcceleratorState, GradientState
+def forget_accelerator():
+    """Forgets the accelerator of a script that ran in this process, at the end too."""
 
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    yield forget
+    forget()

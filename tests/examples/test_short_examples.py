@@ -22,7 +22,7 @@ from training.hybrids import create_model
 import tokenconv as tc
 from tokenconv.surgery import load_domain
 
-pytestmark = pytest.mark.usefixtures("no_accelerator")
+pytestmark = pytest.mark.usefixtures("forget_accelerator")
 FEW = ["--workers", "0", "--batch-size", "16"]
 
 

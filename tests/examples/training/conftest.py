@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 TINY = [
     *("--img-size", "32", "--scenes", "64", "--batch-size", "16", "--workers", "0"),
@@ -21,7 +19,7 @@ TINY = [
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, forget_accelerator):
     """Runs ``classification`` or ``segmentation`` and gives the folder of the run."""
     import train_classification
     import train_segmentation
@@ -34,8 +32,7 @@ def train(tmp_path):
         try:
             script.run(script.parse([*tiny, *words, "--out", str(folder)]))
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget_accelerator()
         return folder
 
     return run
