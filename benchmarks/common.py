@@ -69,7 +69,7 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Machine, code and versions."""
-    changed = _git("status", "--porcelain", "--", "tokenconv", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", "tokenconv", "benchmarks/*.py", "examples/*.py")
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "uncommitted": [line.split()[-1] for line in (changed or "").splitlines()],

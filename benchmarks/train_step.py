@@ -47,13 +47,13 @@ def batches(args: argparse.Namespace, scenes: int, epoch: int) -> Iterator[Any]:
     words = ["--out", "unused", "--batch-size", str(args.batch_size), "--scenes", str(scenes)]
     told = train_classification.parse([*words, "--workers", str(args.loaders)])
     settings = Settings.of(told)
-    train, val, _ = train_classification.open_data(told)
+    train, val, classes = train_classification.open_data(told)
     augment, judge = train_classification.transforms(told, timm.create_model(
         told.model, img_size=64, pretrained_cfg_overlay={"input_size": (3, 64, 64)}
-    ))  # fmt: skip
+    ), len(classes))  # fmt: skip
     data = make_data(
         train, val, augment, judge,
-        settings=settings, accelerator=make_accelerator(settings), val_batch=1,
+        settings=settings, accelerator=make_accelerator(settings),
     )  # fmt: skip
     for number in count():
         data.order.begin(number)

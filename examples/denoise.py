@@ -254,7 +254,7 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
     crop = partial(noisy_crop, args.size, args.sigma)
     data = make_data(
         train, val, crop, crop,
-        settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+        settings=settings, accelerator=accelerator,
     )  # fmt: skip
     return Training(accelerator, model, Denoising(), data, settings, vars(args)).run()
 

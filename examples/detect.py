@@ -244,7 +244,7 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
     )
     data = make_data(
         train, val, to_tensors, to_tensors,
-        settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+        settings=settings, accelerator=accelerator,
     )  # fmt: skip
     told = {"task": "detection", **vars(args), "classes": CLASSES}
     return Training(accelerator, model, Detection(), data, settings, told).run()

@@ -45,6 +45,9 @@ def load_run(folder: Path) -> tuple[nn.Module, argparse.Namespace]:
         args = argparse.Namespace(**json.loads((folder / "settings.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(f"{folder} holds no run: {error}") from error
+    task = vars(args).get("task")
+    if task not in ("classification", "segmentation"):
+        raise TrainingError(f"{folder} is a run for {task}, not for classification or segmentation")
     weights = last(folder / "weights")
     if weights is None:
         raise TrainingError(f"{folder} has no weights yet: no epoch has ended")
@@ -104,14 +107,18 @@ def segment(model: nn.Module, args: argparse.Namespace, paths: Sequence[Path], o
     normalize = v2.Normalize(config["mean"], config["std"])
     window = args.img_size[0], args.img_size[-1]
     task = train_segmentation.Segmentation(args.classes, window)
+    targets = [out / f"{path.stem}.png" for path in paths]
+    if len(set(targets)) < len(targets):
+        raise TrainingError("pictures of one name would have one overlay: predict them one by one")
+    if taken := {one.resolve() for one in targets} & {one.resolve() for one in paths}:
+        raise TrainingError(f"{min(taken)} would be overwritten: take another --out")
     out.mkdir(parents=True, exist_ok=True)
-    for path in paths:
+    for path, target in zip(paths, targets, strict=True):
         image = v2.functional.to_dtype(
             v2.functional.to_image(read_picture(path, path, "RGB")), torch.float32, scale=True
         )
         ids = slide(model, normalize(image)[None], window).argmax(1)[0]
         shares = torch.bincount(ids.flatten(), minlength=len(args.classes)) / ids.numel()
-        target = out / f"{path.stem}.png"
         overlay(image, ids, shares, args.classes, task.palette).save(target)
         names = [f"{args.classes[i]} {shares[i]:.1%}" for i in shares.argsort(descending=True)[:5]]
         print(f"{target}  {', '.join(n for n in names if not n.endswith(' 0.0%'))}")

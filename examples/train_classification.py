@@ -175,27 +175,37 @@ def _classes(args: argparse.Namespace, train: Pictures, val: Pictures) -> tuple[
     return tuple(map(str, range(args.num_classes)))
 
 
-def transforms(args: argparse.Namespace, model: nn.Module) -> tuple[Any, Any]:
-    """Those of timm for the model: to train with, and to be judged with."""
+def transforms(args: argparse.Namespace, model: nn.Module, classes: int) -> tuple[Any, Any]:
+    """Those of timm for the model: to train with, and to be judged with.
+
+    Raises:
+        TrainingError: If timm does not take an option.
+    """
     config = resolve_model_data_config(model)
-    augment: Any = create_transform(
-        config["input_size"],
-        is_training=True,
-        scale=(args.least_crop, 1.0),
-        hflip=0.0 if args.data is None else 0.5,  # a mirrored digit is another one, or none
-        color_jitter=args.color_jitter,
-        auto_augment=args.auto_augment,
-        re_prob=args.random_erasing,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-    )
+    try:
+        augment: Any = create_transform(
+            config["input_size"],
+            is_training=True,
+            scale=(args.least_crop, 1.0),
+            hflip=0.0 if args.data is None else 0.5,  # a mirrored digit is another one, or none
+            color_jitter=args.color_jitter,
+            auto_augment=args.auto_augment,
+            re_prob=args.random_erasing,
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise TrainingError(f"timm has no --auto-augment {args.auto_augment}: {error}") from error
     judge: Any = create_transform(**config, is_training=False)
-    return partial(_transformed, augment), partial(_transformed, judge)
+    return partial(_transformed, augment, classes), partial(_transformed, judge, classes)
 
 
-def _transformed(transform: Any, sample: Sample) -> tuple[Tensor, int]:
-    return transform(sample[0]), sample[1]
+def _transformed(transform: Any, classes: int, sample: Sample) -> tuple[Tensor, int]:
+    image, label = sample
+    if not 0 <= label < classes:
+        raise TrainingError(f"a picture is of class {label}; expected 0 to {classes - 1}")
+    return transform(image), label
 
 
 def add_augmentations(group: argparse._ArgumentGroup) -> None:
@@ -213,6 +223,8 @@ def make_task(args: argparse.Namespace, classes: tuple[str, ...]) -> Classificat
     """To tell these classes, with mixed images if that was asked for."""
     mixup = None
     if args.mixup or args.cutmix:
+        if (args.batch_size // args.accumulate) % 2:
+            raise TrainingError("--mixup and --cutmix mix pairs: take parts of an even size")
         mixup = Mixup(
             args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(classes)
         )
@@ -249,10 +261,10 @@ def run(args: argparse.Namespace) -> None:
     model = create_model(args, len(classes))
     choose_trained(model, args)
     task = make_task(args, classes)
-    augment, judge = transforms(args, model)
+    augment, judge = transforms(args, model, len(classes))
     data = make_data(
         train, val, augment, judge,
-        settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+        settings=settings, accelerator=accelerator,
     )  # fmt: skip
     told = {"task": "classification", **vars(args), "classes": classes}
     Training(accelerator, model, task, data, settings, told).run()

@@ -23,6 +23,7 @@ model, and domains.json with the table that is printed.
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -221,16 +222,15 @@ class Lessons:
         """Train a model on a domain; with ``--resume auto`` take what a finished run has learned.
 
         Raises:
-            TrainingError: If the run is stopped.
+            SystemExit: If it was asked to terminate; what it has learned is saved.
         """
         settings = replace(self.settings, out=self.settings.out / run)
         accelerator = make_accelerator(settings)
         accelerator.print(f"{run}: {trained(model):,} parameters to train")
         domain = self.domains[name]
-        augment, judge = transforms(self.args, model)
+        augment, judge = transforms(self.args, model, len(domain.classes))
         data = make_data(
-            domain.train, domain.val, augment, judge,
-            settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+            domain.train, domain.val, augment, judge, settings=settings, accelerator=accelerator,
         )  # fmt: skip
         told = {"task": "domain", **vars(self.args), "domain": name, "classes": domain.classes}
         task = make_task(self.args, domain.classes)
@@ -238,18 +238,18 @@ class Lessons:
         training.run()
         accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)
         accelerator.free_memory()
-        if not training.finished:
-            raise TrainingError(f"stopped at {run}: go on with --resume auto")
+        if not training.finished:  # asked to terminate, and has said so
+            sys.exit(0)
 
     @torch.inference_mode()
     def accuracy(self, model: nn.Module, name: str) -> float:
         """Share of a domain's pictures to be judged by that are right."""
         accelerator = make_accelerator(self.settings)
         domain = self.domains[name]
-        augment, judge = transforms(self.args, model)
+        augment, judge = transforms(self.args, model, len(domain.classes))
         data = make_data(
-            domain.train, domain.val, augment, judge, settings=self.settings,
-            accelerator=accelerator, val_batch=self.settings.batch_size,
+            domain.train, domain.val, augment, judge,
+            settings=self.settings, accelerator=accelerator,
         )  # fmt: skip
         model.eval()
         right = 0

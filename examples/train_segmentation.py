@@ -69,8 +69,6 @@ class Segmentation:
     def predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Class of every pixel, at full resolution."""
         images, masks = batch
-        if images.shape[2:] == self.window:
-            return model(images).argmax(1), masks
         return slide(model, images, self.window).argmax(1), masks
 
     def metrics(self) -> MetricCollection:
@@ -99,6 +97,28 @@ class Segmentation:
         rows = [(images - low) / (high - low + 1e-6)]
         rows += [colored(ids, self.palette) for ids in (masks, predictions[:8].cpu())]
         return make_grid(torch.cat(rows), nrow=len(images))
+
+
+class ScaleOfItsOwn(v2.Transform):
+    """Scale a picture and its mask by a random factor; they are judged at the scale they have.
+
+    Args:
+        least: Smallest factor; the largest is its inverse.
+    """
+
+    def __init__(self, least: float):
+        super().__init__()
+        self.least = least
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The size that both get."""
+        power = 2 * torch.rand(()) - 1
+        factor = self.least ** float(power)
+        return {"size": [max(1, round(factor * s)) for s in v2.functional.get_size(flat_inputs[0])]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one of them."""
+        return v2.functional.resize(inpt, params["size"])
 
 
 class DigitMasks:
@@ -158,7 +178,7 @@ def transforms(
     fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
     jitter = args.color_jitter
     augment = [
-        v2.ScaleJitter(size, (args.least_scale, 1 / args.least_scale)),
+        ScaleOfItsOwn(args.least_scale),
         v2.RandomCrop(size, pad_if_needed=True, fill=fill),
         # A mirrored digit is another one, or none.
         *([] if args.data is None else [v2.RandomHorizontalFlip()]),
@@ -210,20 +230,24 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--class-names", nargs="+", help="None: numbers")
     data.add_argument("--samples", type=int, help="of an epoch, where shards are read")
     data.add_argument("--scenes", type=int, default=8192, help="how many to train on")
-    data.add_argument("--least-scale", type=float, default=0.7, help="smallest of a picture")
+    data.add_argument(
+        "--least-scale", type=float, default=0.7, help="of a picture, 0 to 1; the largest is 1/it"
+    )
     data.add_argument("--color-jitter", type=float, default=0.2)
-    data.add_argument("--val-batch", type=int, help="None: 1 for pictures of any size")
+    data.add_argument("--val-batch", type=int, help="of a process; None: 1, for any size")
     Settings.add_options(parser.add_argument_group("training"))
     args = parser.parse_args(words)
     args.img_size = args.img_size or [64 if args.data is None else 224]
-    if args.val_batch is None:
-        args.val_batch = args.batch_size if args.data is None else 1
+    if args.val_batch is None and args.data is not None:
+        args.val_batch = 1
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
     settings = Settings.of(args)
+    if not 0 < args.least_scale <= 1 or (args.val_batch or 1) < 1:
+        raise TrainingError("expected --least-scale in 0 to 1 and --val-batch of 1 or more")
     accelerator = make_accelerator(settings)
     train, val, classes = open_data(args)
     model = make_model(args, len(classes))

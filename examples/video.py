@@ -123,7 +123,7 @@ class ClipClassifier(nn.Module):
         self.grid = tc.TokenGrid(grid)
         self.embed = nn.Conv3d(1, dim, (1, patch, patch), stride=(1, patch, patch))
         self.position = nn.Parameter(0.02 * torch.randn(self.grid.num_tokens, dim))
-        blocks = [Block(dim, max(1, dim // 16)) for _ in range(depth)]
+        blocks: list[Any] = [Block(dim, max(1, dim // 16)) for _ in range(depth)]
         if with_conv:
             for block in blocks:
                 block.mlp.act = MixAct(block.mlp.fc1.out_features, self.grid, block.mlp.act)
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
     )
     data = make_data(
         train, val, unchanged, unchanged,
-        settings=settings, accelerator=accelerator, val_batch=settings.batch_size,
+        settings=settings, accelerator=accelerator,
     )  # fmt: skip
     task = ClipClassification(classes, mixup=None, smoothing=0.1)
     told = {"task": "video", **vars(args), "classes": classes}

@@ -66,9 +66,9 @@ class Walkthrough:
         """Metrics of every epoch."""
         return json.loads((self.runs / name / "history.json").read_text())
 
-    def best(self, name: str, metric: str) -> str:
-        """The best epoch, in per cent."""
-        return f"{100 * max(row[metric] for row in self.history(name)):.0f}%"
+    def score(self, name: str, metric: str) -> str:
+        """Of the last epoch, in per cent."""
+        return f"{100 * self.history(name)[-1][metric]:.0f}%"
 
     def curves(self, *names: str) -> str:
         """Draw mIoU over epochs; name of the picture."""
@@ -121,13 +121,15 @@ def render(walkthrough: Walkthrough, args: argparse.Namespace) -> str:
         loader=FileSystemLoader(HERE / "walkthrough"), undefined=StrictUndefined,
         keep_trailing_newline=True,
     )  # fmt: skip
-    does = {name: getattr(walkthrough, name) for name in ("run", "best", "curves", "overlays")}
+    does = {name: getattr(walkthrough, name) for name in ("run", "score", "curves", "overlays")}
     return pages.get_template("page.md.jinja").render(**vars(args), **does)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run all of it and write the page."""
     walkthrough = Walkthrough(HERE.parent / args.runs, HERE.parent / args.out)
+    if walkthrough.runs.exists():
+        raise TrainingError(f"{walkthrough.runs} is there already: remove it, or take other --runs")
     walkthrough.out.mkdir(parents=True, exist_ok=True)
     page = render(walkthrough, args)
     (walkthrough.out / "README.md").write_text(page)

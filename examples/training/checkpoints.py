@@ -35,16 +35,17 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
         TrainingError: If it cannot be written; what was there is as it was.
     """
     staging = folder / ".writing"
-    if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     try:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(staging))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _publish(staging, folder / f"step-{step:08d}", kept=2)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises what is no OSError
+        shutil.rmtree(staging, ignore_errors=True)  # or a full disk would stay full
         raise TrainingError(
             f"cannot write a checkpoint to {folder} at step {step}: {error}; "
             f"{last(folder) or 'none'} is the last one"
@@ -79,6 +80,7 @@ def save_weights(model: nn.Module, folder: Path, epoch: int) -> None:
             tc.save(backbone_of(model), staging)
         _publish(staging, folder / f"epoch-{epoch:04d}", kept=1)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
         raise TrainingError(f"cannot write weights to {folder}: {error}") from error
 
 
@@ -94,11 +96,15 @@ def _all(folder: Path) -> list[Path]:
 
 def _publish(staging: Path, target: Path, kept: int) -> None:
     """Give what is written its name, once it is on the disk, and drop older ones."""
-    for path in staging.rglob("*"):
+    for path in (staging, *staging.rglob("*")):
         _to_disk(path)
-    shutil.rmtree(target, ignore_errors=True)
+    replaced = target.with_name(".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():  # written again by a run that goes on
+        target.rename(replaced)
     staging.rename(target)
     _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _all(target.parent)[:-kept]:
         shutil.rmtree(old)
 

@@ -44,7 +44,7 @@ def make_data(
     *,
     settings: Settings,
     accelerator: Accelerator,
-    val_batch: int,
+    val_batch: int | None = None,
 ) -> Data:
     """Loaders of samples.
 
@@ -55,31 +55,32 @@ def make_data(
         judge: The same for one to be judged by.
         settings: Size of a batch and of its parts, workers, seed.
         accelerator: Knows how many processes there are.
-        val_batch: Samples of a batch to be judged by, over all processes.
+        val_batch: Samples of a batch to be judged by in a process; None: as many as in training.
 
     Raises:
         TrainingError: If there are fewer shards than are read at a time.
     """
     part = settings.batch_size // settings.accumulate
-    workers, seed = settings.workers, settings.seed
+    workers, seed, processes = settings.workers, settings.seed, accelerator.num_processes
+    val_batch = processes * (val_batch or max(1, part // processes))
     if isinstance(val, Shards):
         judged = make_loader(Streamed(val, judge, None), None, batch_size=val_batch, workers=0)
     else:
         order = EpochSampler(len(val), seed=None)
         judged = make_loader(
-            Augmented(val, judge, seed), order, batch_size=val_batch, workers=workers
+            Augmented(val, judge, (seed, 1)), order, batch_size=val_batch, workers=workers
         )
     if isinstance(train, Shards):
-        readers = accelerator.num_processes * max(1, workers)
+        readers = processes * max(1, workers)
         if len(train.names) < readers:
             raise TrainingError(
                 f"{len(train.names)} shards are too few for {readers} readers "
-                f"({accelerator.num_processes} processes, --workers {workers})"
+                f"({processes} processes, --workers {workers})"
             )
         stream = Streamed(train, augment, seed)
-        own = max(1, part // accelerator.num_processes)
+        own = max(1, part // processes)
         loader = make_loader(stream, None, batch_size=own, workers=workers)
         return Data(loader, stream, judged, is_stream=True)
     order = EpochSampler(len(train), seed=seed, group=settings.batch_size)
-    augmented = Augmented(train, augment, seed)
+    augmented = Augmented(train, augment, (seed, 0))
     return Data(make_loader(augmented, order, batch_size=part, workers=workers), order, judged)

@@ -22,6 +22,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch.utils.data import Dataset
 
+from training.errors import TrainingError
+
 Split = Literal["train", "val", "test"]
 CLASSES = tuple("0123456789")
 MASK_CLASSES = ("background", *CLASSES)
@@ -95,9 +97,9 @@ class DigitScenes(Dataset[Scene]):
         self, split: Split, *, size: tuple[int, int] = (64, 64), length: int = 8192, seed: int = 0
     ):
         if split not in _DIGITS:
-            raise ValueError(f"expected split train, val or test, got {split!r}")
+            raise TrainingError(f"expected split train, val or test, got {split!r}")
         if min(size) < 16 or length < 1:
-            raise ValueError(f"expected scenes of 16x16 at least, got {length} of {size}")
+            raise TrainingError(f"expected a scene of 16x16 or more, got {length} of {size}")
         self.split: Split = split
         self.size = size
         self.length = length
@@ -181,7 +183,7 @@ def _cover(stroke: Image.Image, place: _Place, angle: float) -> tuple[Image.Imag
 def _boxes(
     covered: Image.Image, corner: tuple[int, int], size: tuple[int, int], digit: int
 ) -> list[Box]:
-    """The box of a digit, as far as it is in the scene; none where nothing is."""
+    """The box of a digit, as far as it is in the scene; none if it covers nothing."""
     found = covered.getbbox()
     if found is None:
         return []
@@ -189,7 +191,7 @@ def _boxes(
         [min(max(found[axis + end] + corner[axis], 0), size[axis]) for end in (0, 2)]
         for axis in (0, 1)
     )
-    return [Box(left, top, right, bottom, digit)] if left < right and top < bottom else []
+    return [Box(left, top, right, bottom, digit)]
 
 
 def _ink(rng: np.random.Generator) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
@@ -74,11 +75,11 @@ class Progress:
     """Where a run is; part of its checkpoints."""
 
     epoch: int = 0
-    """Epochs that are finished."""
+    """Epochs whose steps are done."""
     step: int = 0
     """Optimizer steps of the run."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Of every finished epoch."""
+    """Of every epoch that was judged: all, or all but the last."""
 
     def state_dict(self) -> dict[str, Any]:
         """For Accelerate."""
@@ -147,6 +148,7 @@ class Training:
         self.accelerator, self.task, self.settings = accelerator, task, settings
         self.order = data.order
         self.told = {**told, **asdict(settings)}
+        set_seed(settings.seed, device_specific=True)  # processes drop other paths
         self.progress = Progress()
         self.steps_per_epoch = data.order.samples // settings.batch_size
         self.steps = settings.epochs * self.steps_per_epoch
@@ -180,7 +182,8 @@ class Training:
         accelerator.register_for_checkpointing(self.progress)
         if self.average is not None:
             accelerator.register_for_checkpointing(self.average)
-        self._stopping = False
+        self._terminated = self._stopping = False
+        self._saved = 0  # step of the last checkpoint
 
     def run(self) -> list[dict[str, float]]:
         """Train to the end, or until the process is asked to terminate.
@@ -195,9 +198,12 @@ class Training:
         self._begin()
         with self._termination():
             while not self.finished and not self._stopping:
-                self._train_epoch()
+                if len(self.progress.history) == self.progress.epoch:
+                    self._train_epoch()
+                if len(self.progress.history) < self.progress.epoch:
+                    self._judge_epoch()
         self.accelerator.end_training()
-        if self._stopping and not self.finished:
+        if not self.finished:
             self.accelerator.print(
                 f"stopped at step {self.progress.step} of {self.steps}: go on with --resume auto"
             )
@@ -205,8 +211,8 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.progress.epoch >= self.settings.epochs
+        """Whether all epochs are done, and judged."""
+        return len(self.progress.history) >= self.settings.epochs
 
     # --- an epoch ---
 
@@ -225,25 +231,46 @@ class Training:
             disable=not self.accelerator.is_main_process,
         ) as bar:
             parts: list[Tensor] = []
-            for batch in islice(self.train_loader, batches if self.is_stream else None):
+            for batch in self._batches(batches, losses):
                 parts.append(self._part(send_to_device(batch, self.accelerator.device)))
                 if len(parts) < settings.accumulate:
                     continue
                 losses.append(torch.stack(parts).mean())
-                parts = []
+                parts.clear()
                 progress.step += 1
                 bar.update()
                 at_end = progress.step % self.steps_per_epoch == 0
-                if progress.step % settings.log_every == 0 or at_end:
+                is_logged = progress.step % settings.log_every == 0 or at_end
+                if is_logged:
                     bar.set_postfix(loss=f"{self._log(losses):.4f}")
-                    losses = []
-                self._stopping = self.accelerator.check_trigger()
+                self._stopping = self._is_asked_to_stop(is_logged)
                 due = settings.save_every and progress.step % settings.save_every == 0
-                if not at_end and (due or self._stopping):
+                if at_end:
+                    progress.epoch += 1
+                if at_end or due or self._stopping:
                     self._save(losses)
-                if self._stopping and not at_end:
+                if at_end or self._stopping:
                     return
-        self._finish_epoch()
+
+    def _batches(self, number: int, losses: list[Tensor]) -> Iterator[Any]:
+        """Batches to train on; if one cannot be read, what was learned before it is saved."""
+        try:
+            yield from islice(self.train_loader, number if self.is_stream else None)
+        except Exception:
+            is_alone = self.accelerator.num_processes == 1  # or the others would have to save too
+            if is_alone and self.progress.step > self._saved:
+                self._save(losses)
+            raise
+
+    def _is_asked_to_stop(self, may_wait: bool) -> bool:
+        """Whether SIGTERM has come.
+
+        Args:
+            may_wait: Whether several processes may wait for each other to find out.
+        """
+        if self.accelerator.num_processes == 1:
+            return self._terminated
+        return may_wait and self.accelerator.check_trigger()
 
     def _part(self, batch: Any) -> Tensor:
         """Forward and backward of a part of a step, and the step behind the last; the loss."""
@@ -269,7 +296,7 @@ class Training:
         return reduced
 
     def _log(self, losses: list[Tensor]) -> float:
-        """Log the losses since the last time; the last of them."""
+        """Log the losses since the last time, and forget them; the last of them."""
         first = self.progress.step - len(losses) + 1
         values = torch.stack(losses).tolist()
         for step, value in enumerate(values, start=first):
@@ -279,14 +306,18 @@ class Training:
                     f"take a lower --lr, or --precision no"
                 )
             self.accelerator.log({"train/loss": value}, step=step)
+        losses.clear()
         self.accelerator.log(
             {"train/lr": self.scheduler.get_last_lr()[-1]}, step=self.progress.step
         )
         return values[-1]
 
-    def _finish_epoch(self) -> None:
+    # --- evaluation ---
+
+    def _judge_epoch(self) -> None:
         values = self.evaluate()
-        self.progress.epoch += 1
+        if values is None:
+            return
         self.progress.history.append({"epoch": self.progress.epoch, **values})
         self.accelerator.log({f"val/{k}": v for k, v in values.items()}, step=self.progress.step)
         best = max(self.progress.history, key=lambda epoch: epoch[self.task.best])
@@ -294,15 +325,15 @@ class Training:
             self._save_weights()
         if self.accelerator.is_main_process:
             write_json(self.progress.history, self.settings.out / "history.json")
-        self._save([])  # the last: what a run goes on from must have all before it
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        if self.accelerator.is_main_process:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             tqdm.write(f"epoch {self.progress.epoch}: {shown}")
 
-    # --- evaluation ---
+    def evaluate(self) -> dict[str, float] | None:
+        """Metrics on the validation data, of the average of the weights if there is one.
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on the validation data, of the average of the weights if there is one."""
+        Returns:
+            None if the process is asked to terminate meanwhile.
+        """
         model = self.model if self.average is None else self.average
         metrics = self.task.metrics().to(self.accelerator.device)
         model.eval()
@@ -315,6 +346,9 @@ class Training:
                 # The last batch is filled up, so that all processes have one: not counted here.
                 predicted, targets = self._padded(predicted, 0), self._padded(targets, _NOT_JUDGED)
                 metrics.update(*self.accelerator.gather_for_metrics((predicted, targets)))
+                self._stopping = self._is_asked_to_stop(True)
+                if self._stopping:
+                    return None
         return self.task.scalars(metrics.compute())
 
     def _padded(self, maps: Tensor, value: int) -> Tensor:
@@ -355,13 +389,26 @@ class Training:
                 raise TrainingError(f"cannot write to {out}: {error}") from error
             write_json(self.told, out / "settings.json")
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("tensorboard")
+        self._saved = self.progress.step
+        again = {"purge_step": self._saved + 1}  # what is behind the checkpoint comes once more
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": again})
 
     def _save(self, losses: list[Tensor]) -> None:
         if losses:  # not logged yet, so not known to be finite
             self._log(losses)
-            losses.clear()
+        self._check_weights()
         save_checkpoint(self.accelerator, self.settings.out / "checkpoints", self.progress.step)
+        self._saved = self.progress.step
+
+    def _check_weights(self) -> None:
+        """The last loss was of the weights before the last step; look at those behind it."""
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        broken = torch.stack([~p.detach().isfinite().all() for p in own if p.numel()]).any()
+        if self._over_processes(broken.float(), "sum") > 0:
+            raise TrainingError(
+                f"weights are not finite behind step {self.progress.step}; the last checkpoint is "
+                f"from before: take a lower --lr, or --precision no"
+            )
 
     def _save_weights(self) -> None:
         """Keep the weights that were evaluated last."""
@@ -398,7 +445,12 @@ class Training:
     @contextmanager
     def _termination(self) -> Iterator[None]:
         """Let SIGTERM end the run behind the next step, with a checkpoint."""
-        before = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
+
+        def ask(*_: object) -> None:
+            self._terminated = True
+            self.accelerator.set_trigger()
+
+        before = signal.signal(signal.SIGTERM, ask)
         try:
             yield
         finally:

@@ -22,7 +22,8 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except (TrainingError, TokenConvError, OSError) as error:
-        # What a worker raised comes with its traceback in front.
-        line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        text = line.rpartition("Error: ")[2]
+        text = str(error).strip() or type(error).__name__
+        if "Traceback (most recent call last)" in text:  # of a process that loads
+            text = text.splitlines()[-1].rpartition("Error: ")[2]
+        text = " ".join(text.split())
         sys.exit(f"{Path(sys.argv[0]).name}: error: {text}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
@@ -149,16 +150,24 @@ def slide(
     (height, width), (rows, cols) = images.shape[2:], window
     down, right = stride or (max(1, 2 * rows // 3), max(1, 2 * cols // 3))
     padded = functional.pad(images, (0, max(0, cols - width), 0, max(0, rows - height)))
+    areas = [
+        (..., slice(top, top + rows), slice(left, left + cols))
+        for top in _starts(padded.shape[2], rows, down)
+        for left in _starts(padded.shape[3], cols, right)
+    ]
+    # Processes that share a model (FSDP) have to call it equally often, whatever their pictures.
+    counts: Any = gather(torch.tensor([len(areas)], device=images.device))
     total, count = None, None
-    for top in _starts(padded.shape[2], rows, down):
-        for left in _starts(padded.shape[3], cols, right):
-            area = (..., slice(top, top + rows), slice(left, left + cols))
-            logits = model(padded[area])
-            if total is None or count is None:
-                total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
-                count = logits.new_zeros(padded.shape[2:])
-            total[area] += logits
-            count[area] += 1
+    for number in range(int(counts.max())):
+        area = areas[min(number, len(areas) - 1)]
+        logits = model(padded[area])
+        if number >= len(areas):
+            continue
+        if total is None or count is None:
+            total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
+            count = logits.new_zeros(padded.shape[2:])
+        total[area] += logits
+        count[area] += 1
     assert total is not None
     assert count is not None
     return (total / count)[..., :height, :width]

@@ -1,6 +1,7 @@
 """The model to train: one of timm's, with blocks in it, and with a part of it to be trained."""
 
 import argparse
+import ast
 from functools import reduce
 from itertools import count
 from operator import add
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import register_model
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
@@ -50,7 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, is_compared: bool = Tr
     group.add_argument("--img-size", type=int, nargs="+", metavar="H [W]", help="size of an image")
     group.add_argument(
         "--model-arg", action="append", default=[], type=_assignment, metavar="NAME=VALUE",
-        help="a further argument of timm.create_model, such as patch_size=8",
+        help="a further argument of timm.create_model, such as patch_size=8 or class_token=False",
     )  # fmt: skip
 
 
@@ -98,9 +100,11 @@ def register_hybrid(args: argparse.Namespace) -> str:
 def _plain(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if args.base is not None and not Path(args.base).is_file():
         raise TrainingError(f"--base {args.base} is no file")
+    if not 0 <= args.drop_path < 1:
+        raise TrainingError(f"expected --drop-path from 0 to below 1, got {args.drop_path}")
     try:
         return timm.create_model(args.model, num_classes=num_classes, **_arguments(args))
-    except (TypeError, RuntimeError, OSError) as error:
+    except (TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise TrainingError(f"timm cannot make {args.model}: {error}") from error
 
 
@@ -165,7 +169,7 @@ def head_state(model: nn.Module) -> dict[str, Tensor]:
 def choose_trained(model: nn.Module, args: argparse.Namespace) -> None:
     """Say which parameters are trained; a control has nothing inserted, but the same head."""
     backbone = backbone_of(model)
-    if args.control and args.trainable != "all":
+    if args.control and "inserted" in args.trainable:
         backbone.requires_grad_(False)
         if backbone is model:
             backbone.get_classifier().requires_grad_("head" in args.trainable)
@@ -200,9 +204,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

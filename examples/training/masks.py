@@ -127,13 +127,21 @@ def make_sample(
 
 
 def _folder(root: Path, split: str) -> Iterable[Pair]:
-    masks = {path.stem: path for path in sorted((root / split / "masks").glob("*"))}
-    images = {path.stem: path for path in sorted((root / split / "images").glob("*"))}
+    masks, images = (_by_name(root / split / part) for part in ("masks", "images"))
     for own, others, missing in ((images, masks, "mask"), (masks, images, "picture")):
         for name in own.keys() - others.keys():
             folder = root / split / f"{'mask' if missing == 'mask' else 'image'}s"
             raise TrainingError(f"{own[name]} has no {missing} in {folder}")
     return [Pair(image, masks[name]) for name, image in images.items()]
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*")):
+        other = found.setdefault(path.stem, path)
+        if other != path:
+            raise TrainingError(f"{other} and {path.name} have one name: which is meant?")
+    return found
 
 
 def _pet(root: Path, split: str) -> Iterable[Pair]:

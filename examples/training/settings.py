@@ -34,7 +34,7 @@ class Settings:
     )  # fmt: skip
     epochs: int = option(20, "passes over the training data")
     batch_size: int = option(64, "images of one optimizer step, over all processes")
-    accumulate: int = option(1, "parts that they are computed in, one after the other")
+    accumulate: int = option(1, "parts that they are computed in; the loss is the mean of theirs")
     lr: float = option(1e-3, "learning rate of AdamW at its peak")
     weight_decay: float = option(0.05, "of AdamW, on weights")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
@@ -55,7 +55,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         at_least_1 = ("epochs", "batch_size", "accumulate", "log_every")
-        at_least_0 = ("lr", "weight_decay", "clip_grad", "workers", "save_every")
+        at_least_0 = ("lr", "weight_decay", "clip_grad", "seed", "workers", "save_every")
         up_to_1 = ("warmup", "ema", "layer_decay")
         for names, low, high in (
             (at_least_1, 1, math.inf), (at_least_0, 0, math.inf), (up_to_1, 0, 1),

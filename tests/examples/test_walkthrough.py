@@ -17,7 +17,7 @@ class Untried(walkthrough.Walkthrough):
     def run(self, language, *, caller, shows=True):
         return f"```{language}\n{caller()}\n```"
 
-    def best(self, name, metric):
+    def score(self, name, metric):
         return "0%"
 
     def curves(self, *names):
