@@ -126,7 +126,7 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Sample:
         found, label = self.reader[index]
-        return read_picture(found, self.reader.filename(index), "RGB"), int(label)
+        return read_picture(found, self.reader.filename(index, absolute=True), "RGB"), int(label)
 
 
 def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:

@@ -3,12 +3,15 @@ import importlib.util
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+
+import tokenconv as tc
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WORDS = [
@@ -51,6 +54,59 @@ def test_arms_that_train_everything_have_as_many_parameters(accuracy, width, dep
         assert 0.99 * wanted <= made <= wanted
 
 
+def test_arms_that_adapt_have_as_many_parameters(accuracy, args):
+    args.width, args.depth, args.size = 64, 3, 24
+    trained = {}
+    for name, arm in accuracy.ADAPT.items():
+        if arm.block:
+            with torch.device("meta"):
+                model = accuracy.insert(accuracy.plain("vit", args), arm, args)
+            tc.trainable_(model, "inserted")
+            trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wanted = trained["mix_ffn"]
+    assert 1.2 * wanted < trained.pop("peg") < 1.3 * wanted
+    assert all(0.97 * wanted <= count <= 1.03 * wanted for count in trained.values())
+
+
+def test_bases_are_named_by_how_they_were_trained(accuracy, args):
+    few = accuracy.base_file(0, args)
+    args.base_steps = 9
+    assert accuracy.base_file(0, args) != few
+
+
+def test_many_comparisons_ask_for_more(accuracy):
+    """Significant alone at 5 %, and not as one of 21."""
+    vit, peg = [0.2, 0.3, 0.5, 0.35], [0.3, 0.35, 0.58, 0.44]
+    rows = accuracy.summary(result_of(accuracy, {"vit": vit, "peg": peg}))
+    row = next(row for row in rows if row["arm"] == "peg")
+    assert stats.ttest_rel(peg, vit).pvalue == pytest.approx(row["p"])
+    assert 0.05 / 21 < row["p"] < 0.05
+    assert row["verdict"] == "not shown"
+
+
+def test_a_run_that_fails_ends_the_benchmark_and_keeps_the_others(accuracy, args, monkeypatch):
+    first, second = [*accuracy.all_runs(args)][:2]
+    monkeypatch.setattr(accuracy, "all_runs", lambda args: [first, second])
+    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", ThreadPool)
+
+    def perform(run, args):
+        if run == second:
+            raise RuntimeError("no")
+        return {"curve": []}
+
+    monkeypatch.setattr(accuracy, "perform", perform)
+    monkeypatch.setattr(accuracy, "base_file", lambda seed, args: None)
+    result = accuracy.open_result(args)
+    with pytest.raises(RuntimeError, match="no"):
+        accuracy.perform_all(args, result)
+    assert json.loads(args.out.read_text())["runs"] == {first.key: {"curve": [], "session": 0}}
+
+
+class ThreadPool(ThreadPoolExecutor):
+    def __init__(self, workers, context, initializer, arguments):
+        super().__init__(1)
+
+
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 @pytest.mark.parametrize("setting", ["scratch", "adapt"])
 def test_a_run_depends_on_its_seed_alone(accuracy, args, setting, task):
@@ -64,8 +120,9 @@ def test_a_run_depends_on_its_seed_alone(accuracy, args, setting, task):
     assert one["params"] == other["params"]
 
 
-def test_adapting_leaves_the_base_alone(accuracy, args):
-    run = accuracy.Run("adapt", "classification", "convpass", 1.0, 0)
+@pytest.mark.parametrize("arm", ["head only", "convpass"])
+def test_adapting_leaves_the_base_alone(accuracy, args, arm):
+    run = accuracy.Run("adapt", "classification", arm, 1.0, 0)
     model = accuracy.make_model(run, args)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     accuracy.train(model, run, args.steps, args)
@@ -96,13 +153,13 @@ def test_intervals_are_those_of_students_paired_test(accuracy):
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert row["verdict"] == "better"
     assert next(row for row in rows if row["arm"] == "vit")["verdict"] == "baseline"
-    assert next(r for r in rows if r["arm"] == "pvt_v2")["verdict"] == "no difference shown"
+    assert next(r for r in rows if r["arm"] == "pvt_v2")["verdict"] == "not shown"
 
 
 def test_tables_and_curves_show_every_arm(accuracy, tmp_path):
-    result = result_of(accuracy, {"vit": [0.2, 0.3, 0.5, 0.35], "leff": [0.1, 0.2, 0.3, 0.25]})
+    result = result_of(accuracy, {"vit": [0.2, 0.3, 0.5, 0.35], "leff": [0.1, 0.19, 0.41, 0.25]})
     table = accuracy.markdown(accuracy.summary(result))
-    assert "| leff | 0.0 k | 21.2 (-12.5 ± " in table
+    assert "| leff | 0.0 k | 23.8 (-10.0 ± " in table
     assert "worse" in table
     accuracy.draw(result, tmp_path / "curves.svg")
     drawn = (tmp_path / "curves.svg").read_text()

@@ -92,7 +92,8 @@ def masked(tmp_path):
                 (root / split / part).mkdir(parents=True)
             for index in range(count):
                 height, width = size[0] + 3 * index, size[1] + index
-                ids = (rng.random((height, width)) < 0.4).astype(np.uint8)
+                squares = rng.random((height // 8 + 1, width // 8 + 1)) < 0.4
+                ids = np.kron(squares, np.ones((8, 8)))[:height, :width].astype(np.uint8)
                 pixels = rng.integers(0, 200, (height, width, 3), dtype=np.uint8)
                 pixels[..., 0] = 250 * ids
                 ids[0] = 255

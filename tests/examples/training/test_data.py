@@ -31,7 +31,9 @@ def noisy(sample):
 def batches(workers, epoch=1, start=0):
     sampler = EpochSampler(23, seed=7, group=5)
     sampler.begin(epoch, start)
-    return [*make_loader(Augmented(Numbers(), noisy, 7), sampler, batch_size=5, workers=workers)]
+    return [
+        *make_loader(Augmented(Numbers(), noisy, (7, 0)), sampler, batch_size=5, workers=workers)
+    ]
 
 
 def test_samples_depend_on_seed_and_epoch_alone():
@@ -141,6 +143,10 @@ def color_a_mask(root):
     save(root / "train" / "masks" / "0.png", np.zeros((40, 36, 3)))
 
 
+def repeat_a_name(root):
+    (root / "train" / "images" / "0.bmp").write_bytes(b"")
+
+
 def empty_a_split(root):
     for path in (root / "train").rglob("*.*"):
         path.unlink()
@@ -155,6 +161,7 @@ def empty_a_split(root):
         (shrink_a_mask, r"0.png and its picture differ in size \(width x height\): 36x40 and 5x3"),
         (raise_an_id, r"0.png has ids \[9\]; expected 0 to 1, or 255 for what is ignored"),
         (color_a_mask, r"0.png has pixels of kind RGB; expected one byte each"),
+        (repeat_a_name, r"images/0.bmp and 0.jpg have one name: which is meant"),
         (empty_a_split, r"train of .* holds no pictures"),
     ],
 )
@@ -318,7 +325,7 @@ def drop_all(root):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (cut_off_a_picture, r"cannot read cat/0.png: "),
+        (cut_off_a_picture, r"cannot read .*train/cat/0.png: "),
         (drop_a_class, r"classes that are in one split of .* only: \['dog'\]"),
         (drop_a_split, r"expected a folder .*val with a folder of pictures per class"),
         (drop_all, r"cannot read train of .*: Found 0 images"),

@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 from training import digits
 from training.digits import MASK_CLASSES, DigitScenes
+from training.errors import TrainingError
 
 SPLITS = ("train", "val", "test")
 
@@ -68,9 +69,9 @@ def test_every_class_and_several_digits_appear():
 
 
 def test_what_is_no_scene_is_told():
-    with pytest.raises(ValueError, match="expected split train, val or test, got 'all'"):
+    with pytest.raises(TrainingError, match="expected split train, val or test, got 'all'"):
         DigitScenes("all")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"16x16 at least, got 8192 of \(8, 64\)"):
+    with pytest.raises(TrainingError, match=r"16x16 or more, got 8192 of \(8, 64\)"):
         DigitScenes("train", size=(8, 64))
     with pytest.raises(IndexError, match="scene 3 of 3"):
         DigitScenes("train", length=3)[3]

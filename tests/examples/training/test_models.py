@@ -91,7 +91,7 @@ def test_masks_are_predicted_from_a_delta_on_a_fresh_base(train, scenes, words, 
         assert len(np.unique(np.array(overlay).reshape(-1, 3), axis=0)) > 10
 
 
-def test_another_base_is_refused(train, monkeypatch):
+def test_another_base_is_refused(train):
     folder = train("classification", "--insert", "mix_ffn", "--trainable", "inserted+head")
     settings = folder / "settings.json"
     settings.write_text(settings.read_text().replace('"seed": 0', '"seed": 1'))
@@ -101,6 +101,9 @@ def test_another_base_is_refused(train, monkeypatch):
 
 def test_what_cannot_be_predicted_with_is_told(train, tmp_path, scenes):
     with pytest.raises(TrainingError, match="holds no run"):
+        run(parse([str(tmp_path), str(scenes)]))
+    (tmp_path / "settings.json").write_text('{"task": "video"}')
+    with pytest.raises(TrainingError, match="is a run for video, not for classification or"):
         run(parse([str(tmp_path), str(scenes)]))
     (tmp_path / "settings.json").write_text('{"task": "classification"}')
     with pytest.raises(TrainingError, match="no epoch has ended"):
@@ -112,6 +115,18 @@ def test_what_cannot_be_predicted_with_is_told(train, tmp_path, scenes):
     (scenes / "scene0.png").write_bytes(b"no picture")
     with pytest.raises(TrainingError, match=r"cannot read .*scene0.png"):
         run(parse([str(folder), str(scenes)]))
+
+
+def test_an_overlay_replaces_no_picture_and_no_other_overlay(train, scenes):
+    folder = train("segmentation", "--decoder", "linear", tiny=[*SMALL])
+    before = (scenes / "scene0.png").read_bytes()
+    with pytest.raises(TrainingError, match=r"scene0.png would be overwritten: take another --out"):
+        run(parse([str(folder), str(scenes), "--out", str(scenes)]))
+    Image.open(scenes / "scene0.png").save(scenes / "scene0.jpg")
+    with pytest.raises(TrainingError, match="pictures of one name would have one overlay"):
+        run(parse([str(folder), str(scenes)]))
+    assert (scenes / "scene0.png").read_bytes() == before
+    assert not (folder / "predictions").exists()
 
 
 def test_a_self_trained_base_is_adapted(train):

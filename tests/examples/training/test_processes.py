@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training.checkpoints import last
 
 SCRIPTS = {"classification": "train_classification.py", "segmentation": "train_segmentation.py"}
-METRIC = {"classification": "top1", "segmentation": "miou"}
 
 
 @pytest.fixture
@@ -45,6 +44,16 @@ def test_two_processes_learn_and_judge_as_one_does(run, tmp_path, task):
     ]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", [[], pytest.param(["--fsdp"], marks=pytest.mark.slow)])
+def test_two_processes_judge_pictures_of_their_own_sizes(run, masked, sharing):
+    """One has more windows than the other, and the last has none of its own."""
+    data = ["--data", str(masked(count=5, size=(30, 60))), "--num-classes", "2"]
+    words = [*data, "--decoder", "linear", "--epochs", "1", "--batch-size", "4"]
+    _, one = run("segmentation", *words, out="one")
+    _, two = run("segmentation", *words, *sharing, out="two", processes=2)
+    assert one[0] == pytest.approx(two[0], abs=1e-3)
 
 
 def test_weights_that_fsdp2_has_trained_load_on_one_process(run, tmp_path):

@@ -6,13 +6,17 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import train_segmentation
 from safetensors.torch import load_file
+from torchvision import tv_tensors
 from training import checkpoints
 from training.checkpoints import last, save_weights
 from training.engine import Training
@@ -115,6 +119,35 @@ def test_the_delta_is_a_small_part_of_the_whole(tmp_path):
     assert delta < 0.05 * whole
 
 
+def test_pictures_and_masks_of_a_folder_are_learned(train, masked):
+    """Of several sizes, larger and smaller than what the model sees at a time."""
+    words = ["--data", str(masked(count=8, size=(28, 60))), "--num-classes", "2", "--lr", "3e-3"]
+    words += ["--decoder", "linear", "--epochs", "2", "--batch-size", "4", "--insert", "mix_ffn"]
+    words += ["--model-arg=patch_size=4"]
+    folder = train("segmentation", *words, "--class-names", "ground", "red")
+    history = read(folder / "history.json")
+    assert history[-1]["miou"] > 0.8  # 0.44 with the weights that it begins with
+    assert history[-1]["iou/red"] > 0.7
+    assert (folder / "samples.png").exists()
+
+
+def test_pictures_are_trained_at_the_scale_that_they_are_judged_at():
+    words = ["--data", "folder", "--img-size", "32", "--least-scale", "0.5", "--color-jitter", "0"]
+    args = train_segmentation.parse(words)
+    config = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    augment, _ = train_segmentation.transforms(args, config, 4)
+    stripes = (torch.arange(400) // 40 % 2).expand(300, 400)  # longer than a window
+    image = tv_tensors.Image(255 * stripes.to(torch.uint8).expand(3, 300, 400))
+    widths = []
+    for _ in range(200):
+        seen, mask = augment((image, tv_tensors.Mask(stripes)))
+        assert seen.shape == (3, 32, 32)
+        assert (seen[0].round() == mask).float().mean() > 0.9
+        widths.append(max(mask[0].long().bincount().tolist()))
+    # A stripe of 40 pixels is 20 to 80 wide: mostly more than half of a row is of one.
+    assert statistics.median(widths) > 24
+
+
 # --- going on ---
 
 
@@ -134,6 +167,49 @@ def test_a_run_that_is_cut_off_ends_as_one_that_is_not(train, monkeypatch, task,
 
     assert same(weights_of(whole), weights_of(cut))
     assert same(*(load_file(last(f / "weights") / "model.safetensors") for f in (whole, cut)))
+    assert read(whole / "history.json") == read(cut / "history.json")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_that_is_asked_to_end_while_it_is_judged_is_judged_when_it_goes_on(
+    train, monkeypatch, number
+):
+    words = ["--insert", "mix_ffn", "--drop-path", "0.2"]
+    whole = train("classification", *words, out="whole")
+    show, epochs = Training._show, []
+
+    def ask(self, picture):
+        show(self, picture)
+        epochs.append(self.progress.epoch)
+        if len(epochs) == number:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "_show", ask)
+    cut = train("classification", *words, out="cut")
+    assert last(cut / "checkpoints").name == f"step-{4 * number:08d}"
+    assert not (cut / "history.json").exists() or len(read(cut / "history.json")) < number
+    train("classification", *words, "--resume", "auto", out="cut")
+    assert epochs == ([1, 1, 2] if number == 1 else [1, 2, 2])
+    assert same(weights_of(whole), weights_of(cut))
+    assert read(whole / "history.json") == read(cut / "history.json")
+    assert same(*(load_file(last(f / "weights") / "model.safetensors") for f in (whole, cut)))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_picture_loses_nothing_that_was_learned(train, pictures, monkeypatch, split):
+    root = pictures(count=24)
+    words = ["--data", str(root), "--epochs", "1", "--batch-size", "8", "--img-size", "32"]
+    whole = train("classification", *words, out="whole")
+    damaged = sorted((root / split).rglob("*.png"))[-1]
+    kept = damaged.read_bytes()
+    damaged.write_bytes(kept[:60])
+    with pytest.raises(TrainingError, match=f"cannot read {damaged}"):
+        train("classification", *words, out="cut")
+    saved = last(whole.parent / "cut" / "checkpoints")
+    assert int(saved.name.partition("-")[2]) >= (1 if split == "train" else 6)
+    damaged.write_bytes(kept)
+    cut = train("classification", *words, "--resume", "auto", out="cut")
+    assert same(weights_of(whole), weights_of(cut))
     assert read(whole / "history.json") == read(cut / "history.json")
 
 
@@ -216,15 +292,19 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(start, tiny
     while kills < 20:
         process = start(script, *words, out="cut")
         try:
-            process.communicate(timeout=rng.uniform(0.5 * length, 0.9 * length) if kills else 1)
+            _, told = process.communicate(
+                timeout=rng.uniform(0.5 * length, 0.9 * length) if kills else 1
+            )
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
-            saved = last(tmp_path / "cut" / "checkpoints")
-            if saved is not None:
-                load_file(saved / "model.safetensors")
+            for kept in ("checkpoints", "weights"):
+                found = last(tmp_path / "cut" / kept)
+                if found is not None:
+                    load_file(found / "model.safetensors")
         else:
+            assert process.returncode == 0, told
             shutil.rmtree(tmp_path / "cut")  # it was done before it was killed: begin anew
     process = start(script, *words, out="cut")
     _, told = process.communicate(timeout=300)
@@ -247,8 +327,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tr
     assert load_file(saved / "model.safetensors")
 
 
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_weights_that_are_no_numbers_are_not_kept(train, monkeypatch, tmp_path, task):
+    """The loss of the step is one; its gradient is not."""
+    part = Training._part
+
+    def spoil(self, batch):
+        if self.progress.step == 2:
+            first = next(p for p in self.model.parameters() if p.requires_grad)
+            first.register_hook(lambda gradient: gradient * torch.inf)
+        return part(self, batch)
+
+    monkeypatch.setattr(Training, "_part", spoil)
+    with pytest.raises(TrainingError, match="weights are not finite behind step 3; the last"):
+        train(task, "--save-every", "1")
+    saved = last(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000002"
+    assert all(value.isfinite().all() for value in load_file(saved / "model.safetensors").values())
+
+
 @pytest.mark.parametrize("longest", [40_000, 150_000])
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(train, monkeypatch, longest):
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(
+    train, monkeypatch, tmp_path, longest
+):
     """From the second checkpoint on no file may be longer: as if the disk were full."""
     publish = checkpoints._publish
 
@@ -263,6 +364,9 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(train, monkeypatch
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     monkeypatch.undo()
+    checkpoint = last(tmp_path / "run" / "checkpoints")
+    assert checkpoint.name == "step-00000001"
+    assert {path.name for path in checkpoint.parent.iterdir()} == {checkpoint.name}
     folder = train("classification", "--save-every", "1", "--resume", "auto")
     assert same(weights_of(folder), weights_of(train("classification", out="whole")))
 
@@ -278,10 +382,19 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(train, monkeypatch
         (["--model-arg", "colour=3"], "timm cannot make vit_tiny_patch16_224: .*colour"),
         (["--base", "nowhere.safetensors"], "--base nowhere.safetensors is no file"),
         (["--data", "nowhere"], "nowhere"),
+        (["--seed", "-1"], r"expected --seed in 0 to inf, got -1"),
+        (["--scenes", "0"], "expected a scene of 16x16 or more, got 0 of"),
+        (["--img-size", "8"], r"expected a scene of 16x16 or more, got .* of \(8, 8\)"),
+        (["--drop-path", "2"], "expected --drop-path from 0 to below 1, got 2"),
+        (["--auto-augment", "nonsense"], "timm has no --auto-augment nonsense"),
+        (["--mixup", "0.2", "--batch-size", "15"], "mix pairs: take parts of an even size"),
+        (["--base", "damaged"], "timm cannot make vit_tiny_patch16_224: "),
         (["--fsdp"], "--fsdp needs several processes"),
     ],
 )
-def test_what_cannot_be_done_is_told(train, words, told):
+def test_what_cannot_be_done_is_told(train, words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("damaged").write_bytes(b"no weights")
     with pytest.raises(TrainingError, match=told):
         train("classification", *words)
 
