@@ -135,9 +135,10 @@ def test_a_kernel_that_could_not_learn_is_refused(vit, inserted_parameters):
 def test_wrong_presets_and_models(vit):
     with pytest.raises(tc.UnknownNameError, match=r"unknown preset 'heads?'.*inserted\+head"):
         trainable_(vit, "head")
-    for preset in PRESETS[:-1]:
+    for preset in ("inserted", "inserted+head"):
         with pytest.raises(tc.SurgeryError, match="nothing is inserted"):
             trainable_(vit, preset)
+    assert trained(trainable_(vit, "depthwise+norm+head")) == named(vit, "norm", "head.")
     vit.requires_grad_(False)
     assert trained(trainable_(vit, "all")) == named(vit, "")
 

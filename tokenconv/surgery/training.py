@@ -22,7 +22,7 @@ def trainable_(model: nn.Module, preset: str) -> nn.Module:
     - ``"depthwise+norm+head"``: depthwise convolutions, inserted ones and the model's own, with
       their biases; weights and biases of the norm layers, those inside attention and heads too;
       the classifier. LayerScale is no norm and stays frozen, as do pointwise parts.
-    - ``"all"``: everything, in any model.
+    - ``"all"``: everything.
 
     The classifier is what timm's ``get_classifier()`` gives: both heads of a distilled model,
     nothing where there is none. A norm layer is a module that has ``Norm`` in the name of its class
@@ -30,7 +30,8 @@ def trainable_(model: nn.Module, preset: str) -> nn.Module:
     norms included. BatchNorm goes on updating its statistics in training mode, trained or not.
 
     Args:
-        model: A model that ``insert_`` has changed; any model for ``"all"``.
+        model: A model that ``insert_`` has changed; any model for the presets that do not name what
+            is inserted.
         preset: One of the above.
 
     Returns:
@@ -38,12 +39,12 @@ def trainable_(model: nn.Module, preset: str) -> nn.Module:
 
     Raises:
         UnknownNameError: If there is no such preset.
-        SurgeryError: If nothing is inserted, or an inserted kernel could get no gradient, because
-            a part behind it is zero and not trained.
+        SurgeryError: If nothing is inserted and the preset names it, or an inserted kernel could
+            get no gradient, because a part behind it is zero and not trained.
     """
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
-    if preset != "all":
+    if "inserted" in preset:
         insertion_of(model)
     modules = [part for name in preset.split("+") for part in _PARTS[name](model)]
     chosen = {id(p) for recurse, module in modules for p in module.parameters(recurse)}

@@ -1,8 +1,10 @@
 """The training scripts, run in this process on scenes and models that take a second."""
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,29 @@ def masked(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture
+def write_shards():
+    """Writes a WebDataset; the red of every picture is its number in the split."""
+
+    def write(root, split, shards, count, target):
+        for shard in range(shards):
+            with tarfile.open(root / f"{split}-{shard}.tar", "w") as tar:
+                for index in range(count):
+                    number = shard * count + index
+                    parts = {"png": np.full((20, 24, 3), number), target: number % 2}
+                    if target == "mask.png":
+                        parts[target] = np.full((20, 24), number % 2)
+                    for name, content in parts.items():
+                        file = io.BytesIO()
+                        if isinstance(content, int):
+                            file.write(str(content).encode())
+                        else:
+                            Image.fromarray(content.astype(np.uint8)).save(file, "png")
+                        info = tarfile.TarInfo(f"{number:05d}.{name}")
+                        info.size = file.tell()
+                        file.seek(0)
+                        tar.addfile(info, file)
+
+    return write

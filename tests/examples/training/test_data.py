@@ -1,8 +1,6 @@
 """Where samples come from, and what is wrong with them."""
 
-import io
 import random
-import tarfile
 
 import numpy as np
 import pytest
@@ -193,33 +191,12 @@ left_open = pytest.mark.filterwarnings(
 )
 
 
-def write_shards(root, split, shards, count, target):
-    """A WebDataset; the red of every picture is its number in the split."""
-    for shard in range(shards):
-        with tarfile.open(root / f"{split}-{shard}.tar", "w") as tar:
-            for index in range(count):
-                number = shard * count + index
-                parts = {"png": np.full((20, 24, 3), number), target: number % 2}
-                if target == "mask.png":
-                    parts[target] = np.full((20, 24), number % 2)
-                for name, content in parts.items():
-                    file = io.BytesIO()
-                    if isinstance(content, int):
-                        file.write(str(content).encode())
-                    else:
-                        Image.fromarray(content.astype(np.uint8)).save(file, "png")
-                    info = tarfile.TarInfo(f"{number:05d}.{name}")
-                    info.size = file.tell()
-                    file.seek(0)
-                    tar.addfile(info, file)
-
-
 def numbers(sample):
     return sample[0].getpixel((0, 0))[0], sample[1]
 
 
 @left_open
-def test_shards_to_be_judged_by_are_read_once_in_order(tmp_path):
+def test_shards_to_be_judged_by_are_read_once_in_order(tmp_path, write_shards):
     write_shards(tmp_path, "val", 3, 4, "cls")
     shards = Shards(str(tmp_path / "{split}-{0..2}.tar"), "val", is_mask=False)
     found = [*Streamed(shards, numbers, None)]
@@ -227,7 +204,9 @@ def test_shards_to_be_judged_by_are_read_once_in_order(tmp_path):
 
 
 @left_open
-def test_shards_to_train_on_are_shuffled_by_epoch_and_shared_out(tmp_path, monkeypatch):
+def test_shards_to_train_on_are_shuffled_by_epoch_and_shared_out(
+    tmp_path, monkeypatch, write_shards
+):
     write_shards(tmp_path, "train", 4, 5, "cls")
     seen = {}
     for epoch in (0, 1):
@@ -250,7 +229,7 @@ def test_shards_to_train_on_are_shuffled_by_epoch_and_shared_out(tmp_path, monke
 @pytest.mark.parametrize(
     ("task", "target"), [("classification", "cls"), ("segmentation", "mask.png")]
 )
-def test_shards_are_trained_on(train, tmp_path, task, target):
+def test_shards_are_trained_on(train, tmp_path, task, target, write_shards):
     for split, count in (("train", 8), ("val", 5)):
         write_shards(tmp_path, split, 2, count, target)
     pattern = str(tmp_path / "{split}-{0..1}.tar")
@@ -274,7 +253,7 @@ def test_shards_are_trained_on(train, tmp_path, task, target):
         ),
     ],
 )
-def test_what_is_wrong_with_shards_is_told(train, tmp_path, words, told):
+def test_what_is_wrong_with_shards_is_told(train, tmp_path, words, told, write_shards):
     data = str(tmp_path / words[0])
     with pytest.raises(TrainingError, match=told):
         train("classification", "--data", data, *words[1:])

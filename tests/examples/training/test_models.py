@@ -5,13 +5,15 @@ import re
 import numpy as np
 import pytest
 import torch
+import train_classification
 from PIL import Image
 from predict import load_run, parse, run
 from safetensors.torch import load_file
 from training.checkpoints import last
 from training.digits import DigitScenes
 from training.errors import TrainingError
-from training.hybrids import backbone_of
+from training.hybrids import backbone_of, choose_trained, create_model, param_groups
+from training.settings import Settings
 
 import tokenconv as tc
 from tokenconv.surgery import inserted_modules
@@ -127,6 +129,41 @@ def test_an_overlay_replaces_no_picture_and_no_other_overlay(train, scenes):
         run(parse([str(folder), str(scenes)]))
     assert (scenes / "scene0.png").read_bytes() == before
     assert not (folder / "predictions").exists()
+
+
+def test_layers_below_the_head_learn_more_slowly(tiny):
+    args = train_classification.parse(
+        [*tiny, "--layer-decay", "0.5", "--lr", "1", "--insert", "peg"]
+    )
+    model = create_model(args, 10)
+    groups = param_groups(model, Settings.of(args))
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    own = [rates[id(block.mlp.fc1.weight)] for block in model.blocks]
+    assert own == pytest.approx([0.5 ** (4 - i) for i in range(4)])
+    assert rates[id(model.head.weight)] == 1
+    assert rates[id(model.pos_embed)] == pytest.approx(0.5**5)
+
+
+def test_arguments_of_a_model_are_values_of_python():
+    words = ["class_token=False", "patch_size=8", "global_pool=avg", "norm_layer=layernorm"]
+    args = train_classification.parse([f"--model-arg={word}" for word in words])
+    assert dict(args.model_arg) == {
+        "class_token": False, "patch_size": 8, "global_pool": "avg", "norm_layer": "layernorm",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("trainable", ["inserted+head", "depthwise+norm+head", "all"])
+def test_a_control_trains_what_it_shares_with_the_hybrid(tiny, trainable):
+    """But not what was inserted."""
+    trained = []
+    for control in ([], ["--control"]):
+        words = [*tiny, "--insert", "mix_ffn", "--trainable", trainable, *control]
+        args = train_classification.parse(words)
+        model = create_model(args, 10)
+        choose_trained(model, args)
+        trained.append({key for key, p in model.named_parameters() if p.requires_grad})
+    hybrid, control = trained
+    assert control == {key for key in hybrid if ".act.before." not in key}
 
 
 def test_a_self_trained_base_is_adapted(train):

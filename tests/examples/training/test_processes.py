@@ -1,7 +1,11 @@
 """Several processes on this machine, over gloo: Accelerate, DDP and FSDP2."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.checkpoints import last
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 SCRIPTS = {"classification": "train_classification.py", "segmentation": "train_segmentation.py"}
 
 
@@ -54,6 +59,33 @@ def test_two_processes_judge_pictures_of_their_own_sizes(run, masked, sharing):
     _, one = run("segmentation", *words, out="one")
     _, two = run("segmentation", *words, *sharing, out="two", processes=2)
     assert one[0] == pytest.approx(two[0], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_shards_are_judged_by_two_processes_as_by_one(run, tmp_path, write_shards):
+    """Weights stay what they are; each process trains on shards of its own."""
+    for split, count in (("train", 8), ("val", 7)):
+        write_shards(tmp_path, split, 2, count, "cls")
+    words = ["--data", str(tmp_path / "{split}-*.tar"), "--num-classes", "2", "--samples", "16"]
+    words += ["--lr", "0", "--batch-size", "4", "--epochs", "1"]
+    _, one = run("classification", *words, out="one")
+    _, two = run("classification", *words, out="two", processes=2)
+    assert one == two
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(tiny, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = EXAMPLES / "train_classification.py"
+    words = [*tiny, "--insert", "mix_ffn", "--out", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), *words],
+        capture_output=True, text=True, env=env, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 2
 
 
 def test_weights_that_fsdp2_has_trained_load_on_one_process(run, tmp_path):

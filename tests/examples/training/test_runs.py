@@ -107,6 +107,50 @@ def test_a_control_starts_from_the_same_weights_and_batches(train):
     assert same(control, {key: hybrid[key] for key in control})
 
 
+def test_the_average_of_weights_is_that_of_all_steps(train, monkeypatch):
+    seen = []
+    part = Training._part
+
+    def watch(self, batch):
+        loss = part(self, batch)
+        seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(Training, "_part", watch)
+    folder = train("classification", "--insert", "mix_ffn", "--ema", "0.7", "--epochs", "1")
+    kept = load_file(last(folder / "weights") / "model.safetensors")
+    for key, value in kept.items():
+        average = seen[0][key]
+        for after in seen[1:]:
+            average = 0.7 * average + 0.3 * after[key]
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-7)
+    assert not same(kept, weights_of(folder))
+
+
+def test_a_gradient_is_clipped(train):
+    """To so little that AdamW's epsilon is larger."""
+    words = ["--weight-decay", "0", "--insert", "mix_ffn"]
+    begin, clipped, free = (
+        weights_of(train("classification", *words, *more, out="".join(more)))
+        for more in (("--lr", "0"), ("--clip-grad", "1e-12"), ("--clip-grad", "0"))
+    )
+    for key, value in begin.items():
+        moved = (clipped[key] - value).abs().max()
+        assert moved <= 0.02 * (free[key] - value).abs().max()
+
+
+def test_mixed_precision_trains_nearly_the_same(train):
+    words = ["--insert", "mix_ffn", "--epochs", "1", "--lr", "1e-2"]
+    whole, mixed = (
+        weights_of(train("classification", *words, "--precision", precision, out=precision))
+        for precision in ("no", "bf16")
+    )
+    assert not same(whole, mixed)
+    for key, value in whole.items():
+        assert mixed[key].dtype == torch.float32
+        torch.testing.assert_close(mixed[key], value, rtol=0.1, atol=0.05)
+
+
 def test_the_delta_is_a_small_part_of_the_whole(tmp_path):
     model = tc.insert_(timm.create_model("vit_small_patch16_224"), "mix_ffn")
     tc.trainable_(model, "inserted+head")
