@@ -63,8 +63,8 @@ class Settings:
             for name in names:
                 value = getattr(self, name)
                 if not low <= value <= high:
-                    option = f"--{name.replace('_', '-')}"
-                    raise TrainingError(f"expected {option} in {low} to {high}, got {value}")
+                    flag = f"--{name.replace('_', '-')}"
+                    raise TrainingError(f"expected {flag} in {low} to {high}, got {value}")
         if self.batch_size % self.accumulate:
             raise TrainingError(
                 f"expected --batch-size to be a multiple of --accumulate, "

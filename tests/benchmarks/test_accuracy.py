@@ -1,10 +1,8 @@
 import argparse
-import importlib.util
 import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from scipy import stats
 
 import tokenconv as tc
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WORDS = [
     *("--steps", "8", "--base-steps", "8", "--scenes", "64", "--test-scenes", "32"),
     *("--size", "16", "--width", "32", "--depth", "1", "--batch-size", "8"),
@@ -21,15 +18,8 @@ WORDS = [
 
 
 @pytest.fixture
-def accuracy(monkeypatch):
-    """The benchmark as a module; it finds ``common`` beside it, as it does when started."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("accuracy", BENCHMARKS / "accuracy.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "accuracy", module)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("common", None)
+def accuracy(load_benchmark):
+    return load_benchmark("accuracy")
 
 
 @pytest.fixture

@@ -1,27 +1,18 @@
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPTIONS = ["--quick", "--allocator", "system", "--batch-size", "1", "--models"]
 MODEL = "vit_tiny_patch16_224"
 
 
 @pytest.fixture
-def surgery(monkeypatch):
-    """The benchmark as a module; it finds ``common`` beside it, as it does when started."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("surgery", BENCHMARKS / "surgery.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def surgery(load_benchmark, monkeypatch):
+    module = load_benchmark("surgery")
     monkeypatch.setattr(module, "LARGE", MODEL)
-    yield module
-    sys.modules.pop("common", None)
+    return module
 
 
 def test_it_writes_what_it_prints(surgery, tmp_path, capsys):

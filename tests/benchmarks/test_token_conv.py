@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import subprocess
@@ -16,15 +15,8 @@ IN_PROCESS = ["--quick", "--allocator", "system", "--shapes"]
 
 
 @pytest.fixture
-def token_conv(monkeypatch):
-    """The benchmark as a module; it finds ``common`` beside it, as it does when started."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("token_conv", BENCHMARKS / "token_conv.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "token_conv", module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("common", None)
+def token_conv(load_benchmark):
+    return load_benchmark("token_conv")
 
 
 def make_wrong(right, change):

@@ -1,25 +1,16 @@
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def train_step(monkeypatch):
-    """The benchmark as a module; it finds ``common`` beside it, as it does when started."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("train_step", BENCHMARKS / "train_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def train_step(load_benchmark, monkeypatch):
+    module = load_benchmark("train_step")
     monkeypatch.setattr(module, "SKIPPED", 1)
     monkeypatch.setattr(module, "COUNTED", 1)
     monkeypatch.setattr(module, "PAIRS", module.PAIRS[:1])
-    yield module
-    sys.modules.pop("common", None)
+    return module
 
 
 def test_it_writes_what_it_prints(train_step, monkeypatch, tmp_path, capsys):
