@@ -4,14 +4,15 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenconv.errors import UnknownNameError
-from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, grid_of
+from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, TokenGrid, grid_of
+from tokenconv.ops.depthwise_conv import onednn, triton
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
+from tokenconv.ops.depthwise_conv.epilogue import Activation, PrefixTokens, finish
 from tokenconv.ops.depthwise_conv.gather import depthwise_conv_gather
 from tokenconv.ops.depthwise_conv.naive import depthwise_conv_naive
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
@@ -28,6 +29,10 @@ class Impl(StrEnum):
     """The same on a copy in NCHW memory, and a copy back: what most code does, as a control."""
     GATHER = "gather"
     """One gather per kernel tap, for tokens that do not fill their grid."""
+    ONEDNN = "onednn"
+    """oneDNN's convolution with the activation in it, on packed kernels: inference on CPUs."""
+    TRITON = "triton"
+    """A kernel of ours for GPUs: convolution, activation, gate and prefix tokens in one pass."""
 
     @classmethod
     def of(cls, name: "Impl | str") -> "Impl":
@@ -43,7 +48,8 @@ _FULL = {
     Impl.REFERENCE: depthwise_conv_reference,
 }
 _SPARSE = {Impl.GATHER: depthwise_conv_gather}
-"""By kind of grid; the first is taken where none is asked for."""
+_FUSED = (Impl.ONEDNN, Impl.TRITON)
+"""The first two, by kind of grid, leave activation and gate to ``finish``; the last have them."""
 
 
 def depthwise_conv(
@@ -54,15 +60,24 @@ def depthwise_conv(
     *,
     dilation: int = 1,
     residual: bool = False,
+    activation: Activation | str | None = None,
+    gate: Tensor | None = None,
+    prefix_tokens: PrefixTokens | str = PrefixTokens.ACT,
     impl: Impl | str | None = None,
 ) -> Tensor:
-    """Convolve every channel over the token grid with its own kernel.
+    """Convolve every channel over the token grid with its own kernel, and activate.
 
-    Prefix tokens (class, registers) pass through unchanged. The grid is zero-padded and keeps its
-    size. On a ``(T, H, W)`` grid each frame is convolved by itself. Equals
+    ``y = activation(conv(x) + bias [+ x]) * gate`` on the grid. Prefix tokens (class, registers)
+    skip the convolution and its bias, so without an activation and a gate they stay as they are.
+    The grid is zero-padded and keeps its size. On a ``(T, H, W)`` grid each frame is convolved by
+    itself. The convolution equals
     ``F.conv2d(map, weight, bias, padding=dilation * (K // 2), dilation=dilation, groups=C)`` on
     the folded grid; for a ``SparseGrid``, on a map that is zero where no token is; for a
     ``MultiGrid``, on every map by itself.
+
+    Without ``impl``, float32 on CPUs takes ``onednn`` where no gradient, compiler or autocast asks
+    for another way; everything else takes ``conv2d``, and a ``SparseGrid`` takes ``gather``.
+    ``benchmarks/kernels.py`` measures them.
 
     Args:
         x: Tokens ``(B, N, C)``, prefix tokens first, then the grid in row-major order, or those
@@ -71,7 +86,11 @@ def depthwise_conv(
         bias: ``(C,)`` or None.
         grid: Size and prefix count of ``x``; a plain size means no prefix tokens.
         dilation: Distance between kernel taps, in tokens.
-        residual: Add the convolution to ``x`` on the grid; prefix tokens still pass unchanged.
+        residual: Add ``x`` to the convolution, in front of the activation.
+        activation: One of ``Activation``; None for none.
+        gate: ``(B, N, C)``, multiplied with what was activated, or None.
+        prefix_tokens: ``act``: prefix tokens take activation and gate; ``pass``: they stay as they
+            are; ``zero``: they become zero.
         impl: How to compute it; None chooses.
 
     Returns:
@@ -79,8 +98,8 @@ def depthwise_conv(
 
     Raises:
         GridError: If ``x`` does not hold ``grid.num_tokens`` tokens.
-        ValueError: If weight, bias or dilation do not fit, or ``impl`` is unknown or made for the
-            other kind of grid.
+        ValueError: If weight, bias, gate or dilation do not fit, a name is unknown, or ``impl``
+            cannot take this call.
 
     References:
         MobileNets, section 3.1, https://arxiv.org/abs/1704.04861
@@ -88,22 +107,88 @@ def depthwise_conv(
     grid = grid_of(grid)
     grid.check(x)
     _check_kernel(x, weight, bias, dilation)
-    if isinstance(grid, MultiGrid):
-        prefix, *maps = x.split([grid.num_prefix_tokens, *(m.num_positions for m in grid.maps)], 1)
-        call: Any = {"dilation": dilation, "residual": residual, "impl": impl}
-        outs = [
-            depthwise_conv(tokens, weight, bias, one, **call)
-            for tokens, one in zip(maps, grid.maps, strict=True)
-        ]
-        return torch.cat([prefix.to(outs[0].dtype), *outs], dim=1)
-    implementations: Any = _SPARSE if isinstance(grid, SparseGrid) else _FULL
-    chosen = next(iter(implementations)) if impl is None else Impl.of(impl)
-    if chosen not in implementations:
-        raise ValueError(
-            f"impl={str(chosen)!r} takes no {type(grid).__name__}; take "
-            f"{' or '.join(repr(str(name)) for name in implementations)}, or leave impl out"
+    if gate is not None:
+        _check_gate(x, gate)
+    if activation is not None:
+        activation = Activation.of(activation)
+    prefix_tokens = PrefixTokens.of(prefix_tokens)
+    chosen = _choose(x, weight, grid, dilation) if impl is None else Impl.of(impl)
+    if impl is not None and (refusal := _refusal(chosen, x, weight, grid, dilation)):
+        raise ValueError(f"impl={str(chosen)!r} is refused: {refusal}; or leave impl out")
+    if isinstance(grid, TokenGrid):
+        if chosen == Impl.TRITON:
+            return triton.depthwise_conv_triton(
+                x, weight, bias, grid, residual, activation, gate, prefix_tokens
+            )
+        if chosen == Impl.ONEDNN:
+            return onednn.depthwise_conv_onednn(
+                x, weight, bias, grid, dilation, residual, activation, gate, prefix_tokens
+            )
+        out = _FULL[chosen](x, weight, bias, grid, dilation, residual)
+    elif isinstance(grid, SparseGrid):
+        out = _SPARSE[chosen](x, weight, bias, grid, dilation, residual)
+    else:
+        out = _on_every_map(x, weight, bias, grid, dilation, residual, impl)
+    return finish(out, x, grid.num_prefix_tokens, activation, gate, prefix_tokens)
+
+
+def _on_every_map(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: MultiGrid,
+    dilation: int,
+    residual: bool,
+    impl: Impl | str | None,
+) -> Tensor:
+    prefix, *maps = x.split([grid.num_prefix_tokens, *(m.num_positions for m in grid.maps)], 1)
+    outs = [
+        depthwise_conv(tokens, weight, bias, one, dilation=dilation, residual=residual, impl=impl)
+        for tokens, one in zip(maps, grid.maps, strict=True)
+    ]
+    return torch.cat([prefix.to(outs[0].dtype), *outs], dim=1)
+
+
+def _choose(x: Tensor, weight: Tensor, grid: AnyGrid, dilation: int) -> Impl:
+    """The fastest that can take the call, as far as it was measured."""
+    if isinstance(grid, SparseGrid):
+        return Impl.GATHER
+    if x.device.type == "cpu" and onednn.refusal(x, weight) is None:
+        return Impl.ONEDNN
+    return Impl.CONV2D
+
+
+def _refusal(impl: Impl, x: Tensor, weight: Tensor, grid: AnyGrid, dilation: int) -> str | None:
+    """Why an implementation cannot take a call; None if it can."""
+    takes = (*_SPARSE,) if isinstance(grid, SparseGrid) else (*_FULL, *_FUSED)
+    if impl not in takes:
+        return (
+            f"it takes no {type(grid).__name__}; take {' or '.join(repr(str(one)) for one in takes)}"
         )
-    return implementations[chosen](x, weight, bias, grid, dilation, residual)
+    if impl == Impl.ONEDNN:
+        return onednn.refusal(x, weight)
+    if impl == Impl.TRITON:
+        return triton.refusal(x, weight, dilation)
+    return None
+
+
+def _check_gate(x: Tensor, gate: Tensor) -> None:
+    if gate.shape != x.shape:
+        raise ValueError(
+            f"expected a gate of the shape of the tokens, {tuple(x.shape)}, got {tuple(gate.shape)}"
+        )
+    _check_alike(x, gate, "gate")
+
+
+def _check_alike(x: Tensor, other: Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(
+            f"expected {name} on the device of the tokens, {x.device}, got {other.device}"
+        )
+    if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected {name} in the dtype of the tokens, {x.dtype}, got {other.dtype}"
+        )
 
 
 def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
@@ -116,5 +201,8 @@ def _check_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int)
         raise ValueError(f"expected an odd kernel side, got {shape[3]}")
     if bias is not None and bias.shape != (dim,):
         raise ValueError(f"expected a bias ({dim},), got {tuple(bias.shape)}")
+    _check_alike(x, weight, "weight")
+    if bias is not None:
+        _check_alike(x, bias, "bias")
     if dilation < 1:
         raise ValueError(f"expected dilation >= 1, got {dilation}")

@@ -1,0 +1,88 @@
+"""What follows a depthwise convolution: an activation, a gate, and what prefix tokens take of it.
+
+Shape letters: B batch, N tokens = P prefix + grid, C channels.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenconv.errors import UnknownNameError
+
+
+class Activation(StrEnum):
+    """An activation that a convolution can have at its end; timm's names."""
+
+    GELU = "gelu"
+    """The exact one, with the error function."""
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+    RELU = "relu"
+
+    @classmethod
+    def of(cls, name: "Activation | str") -> "Activation":
+        """The activation of this name, or an error that lists the nearest ones."""
+        if name not in set(cls):
+            raise UnknownNameError("activation", str(name), list(cls))
+        return cls(name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Activate, with torch's own function."""
+        return _FUNCTIONS[self](x)
+
+
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.SILU: F.silu,
+    Activation.RELU: F.relu,
+}
+
+
+class PrefixTokens(StrEnum):
+    """What happens to the tokens in front of the grid, which no convolution sees."""
+
+    ACT = "act"
+    """They skip the convolution and its bias, and take activation and gate."""
+    PASS = "pass"
+    """They stay as they are."""
+    ZERO = "zero"
+    """They become zero."""
+
+    @classmethod
+    def of(cls, name: "PrefixTokens | str") -> "PrefixTokens":
+        """The policy of this name, or an error that lists the others."""
+        if name not in set(cls):
+            raise UnknownNameError("prefix_tokens", str(name), list(cls))
+        return cls(name)
+
+
+def finish(
+    convolved: Tensor,
+    x: Tensor,
+    num_prefix_tokens: int,
+    activation: Activation | None,
+    gate: Tensor | None,
+    prefix_tokens: PrefixTokens,
+) -> Tensor:
+    """Activation and gate, a pass each.
+
+    Args:
+        convolved: ``(B, N, C)``, prefix tokens as they are in ``x``.
+        x: What was convolved, ``(B, N, C)``.
+        num_prefix_tokens: P.
+        activation: None for none.
+        gate: ``(B, N, C)``, to be multiplied with, or None.
+        prefix_tokens: What the first P tokens take.
+    """
+    out = convolved if activation is None else activation(convolved)
+    out = out if gate is None else out * gate
+    if prefix_tokens == PrefixTokens.ACT or not num_prefix_tokens:
+        return out
+    prefix = x[:, :num_prefix_tokens].to(out.dtype)
+    if prefix_tokens == PrefixTokens.ZERO:
+        prefix = torch.zeros_like(prefix)
+    return torch.cat([prefix, out[:, num_prefix_tokens:]], dim=1)
