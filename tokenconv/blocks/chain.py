@@ -76,7 +76,10 @@ class Chain(GridModule):
         for name, following in list(pairwise(steps)):
             one, other = steps.get(name), steps.get(following)
             takes = isinstance(one, nn.Linear) or (
-                isinstance(one, DWConv) and not one.residual and self.prefix_tokens != "take part"
+                isinstance(one, DWConv)
+                and not one.residual
+                and not one.activation
+                and self.prefix_tokens != "take part"
             )
             if takes and isinstance(other, BatchNorm):
                 _norm_behind_(one, other)

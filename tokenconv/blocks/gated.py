@@ -24,10 +24,22 @@ class Gate(GridModule):
         super().__init__()
         self.gate = gate
         self.value = nn.Identity() if value is None else value
+        self.is_fused = False
+        """Whether the convolution, which has the activation then, multiplies as well."""
+
+    def can_fuse(self) -> bool:
+        """Whether the first half is a convolution and an activation, and the second is left."""
+        steps = [*self.gate.children()] if isinstance(self.gate, Chain) else []
+        return (
+            len(steps) == 2 and isinstance(steps[0], DWConv) and isinstance(self.value, nn.Identity)
+        )
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Half the channels of tokens ``(B, N, 2*h)``."""
         halves = x.chunk(2, dim=-1)
+        if self.is_fused:
+            conv: DWConv = next(self.gate.children())  # pyright: ignore[reportAssignmentType]
+            return conv(halves[0], *grid, gate=halves[1])
         outs = [
             part(halves[i], *grid) if isinstance(part, GridModule) else part(halves[i])
             for i, part in enumerate((self.gate, self.value))

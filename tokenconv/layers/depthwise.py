@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenconv.grid import Grid, grid_of
 from tokenconv.layers.base import GridModule
-from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
+from tokenconv.ops.depthwise_conv import Activation, Impl, depthwise_conv
 
 _FOLDED = 2
 """Version, in the metadata of a state dict, of a kernel that the residual was added to."""
@@ -21,7 +21,8 @@ class DWConv(GridModule):
     """Depthwise convolution on tokens, called as in the papers' code: ``DWConv(dim)(x, H, W)``.
 
     Formula: ``y[p] = bias + sum_q weight[q] * x[p + q]`` on the grid, ``y = x`` on prefix tokens;
-    with ``residual`` the convolution is added to ``x``, and prefix tokens still pass unchanged.
+    with ``residual`` the convolution is added to ``x``, and prefix tokens still pass unchanged. An
+    ``activation`` follows, for all tokens, in the same pass over memory where ``impl`` can do that.
     Parameters: ``dim * K * K``, plus ``dim`` with bias; initialised as ``nn.Conv2d``.
 
     ``load_state_dict`` takes the keys ``weight`` and ``bias``, and those of the classic module
@@ -33,13 +34,14 @@ class DWConv(GridModule):
         dilation: Distance between kernel taps, in tokens.
         bias: Learn one offset per channel.
         residual: Return ``x + conv(x)`` instead of ``conv(x)``.
+        activation: What follows, one of ``gelu``, ``gelu_tanh``, ``silu``, ``relu``; None for none.
         impl: Implementation of the op, see ``Impl``; None chooses.
         device: As in ``nn.Conv2d``.
         dtype: As in ``nn.Conv2d``.
 
     Raises:
-        ValueError: If ``dim`` or ``dilation`` is not positive, the kernel is even, or ``impl`` is
-            unknown.
+        ValueError: If ``dim`` or ``dilation`` is not positive, the kernel is even, or
+            ``activation`` or ``impl`` is unknown.
 
     References:
         PVT v2, https://arxiv.org/abs/2106.13797; MobileNets, https://arxiv.org/abs/1704.04861
@@ -53,6 +55,7 @@ class DWConv(GridModule):
         dilation: int = 1,
         bias: bool = True,
         residual: bool = False,
+        activation: Activation | str | None = None,
         impl: Impl | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -66,6 +69,7 @@ class DWConv(GridModule):
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.residual = residual
+        self.activation = None if activation is None else Activation.of(activation)
         self.impl = None if impl is None else Impl.of(impl)
         placement: Any = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, **placement))
@@ -114,20 +118,26 @@ class DWConv(GridModule):
         self.residual, self._version = False, _FOLDED
         return True
 
-    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, *grid: Grid, gate: Tensor | None = None) -> Tensor:
         """Convolve the tokens.
 
         Args:
             x: Tokens ``(B, N, C)``.
             *grid: ``H, W`` as integers, one tuple, a ``TokenGrid`` or a ``SparseGrid``.
+            gate: ``(B, N, C)``, multiplied with the result, in the same pass where possible.
 
         Returns:
             Tokens ``(B, N, C)``.
 
         Raises:
             GridError: If ``x`` does not fill the grid.
+            ValueError: If ``gate`` has another shape, or the implementation asked for cannot take
+                the tokens.
         """
-        return _convolve(x, self.weight, self.bias, grid, self.dilation, self.residual, self.impl)
+        return _convolve(
+            x, self.weight, self.bias, grid, self.dilation, self.residual, self.activation, gate,
+            self.impl,
+        )  # fmt: skip
 
     def _load_from_state_dict(
         self,
@@ -158,6 +168,7 @@ class DWConv(GridModule):
         return (
             f"{self.dim}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
             f"bias={self.bias is not None}, residual={self.residual}"
+            + (f", activation={self.activation}" if self.activation else "")
         )
 
 
@@ -168,12 +179,15 @@ def _convolve(
     grid: tuple[Grid, ...],
     dilation: int,
     residual: bool,
+    activation: Activation | None,
+    gate: Tensor | None,
     impl: Impl | str | None,
 ) -> Tensor:
     """One fx node: the checks behind it cannot be traced symbolically."""
     return depthwise_conv(
-        x, weight, bias, grid_of(*grid), dilation=dilation, residual=residual, impl=impl
-    )
+        x, weight, bias, grid_of(*grid), dilation=dilation, residual=residual,
+        activation=activation, gate=gate, impl=impl,
+    )  # fmt: skip
 
 
 torch.fx.wrap("_convolve")

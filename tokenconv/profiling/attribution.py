@@ -15,7 +15,7 @@ from tokenconv.costs import depthwise_modules, own_modules
 from tokenconv.profiling.measurement import RANGE, Phase, phase_of_range
 from tokenconv.profiling.results import Operator, TimeSpent
 
-_OPERATORS = ("aten::", "tokenconv::", "Optimizer.step", "Torch-Compiled Region")
+_OPERATORS = ("aten::", "mkldnn::", "tokenconv::", "Optimizer.step", "Torch-Compiled Region")
 _SITE, _BLOCK = "site", "block"
 
 

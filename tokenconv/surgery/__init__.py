@@ -1,5 +1,6 @@
 """Puts blocks into live timm models and takes them out again."""
 
+from tokenconv.surgery.accelerate import Acceleration, accelerate_, decelerate_
 from tokenconv.surgery.checkpoint import load_, save
 from tokenconv.surgery.domains import (
     add_domain,
@@ -17,10 +18,13 @@ from tokenconv.surgery.scripting import freeze_grid_
 from tokenconv.surgery.training import param_groups, trainable_
 
 __all__ = [
+    "Acceleration",
     "Edit",
     "FoldReport",
     "Plan",
+    "accelerate_",
     "add_domain",
+    "decelerate_",
     "domain_parameters",
     "fold_",
     "freeze_grid_",

@@ -190,12 +190,12 @@ class MergedConv(Replacement):
             bias = self.added.bias if bias is None else bias + self.added.bias
         return weight + self.added.weight, bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve a map ``(B, C, H, W)``, in the memory layout it comes in."""
         weight, bias = self.merged()
         dilation, groups = self.added.dilation, self.added.dim
         return F.conv2d(
-            x, weight, bias, padding=self.padding, dilation=dilation, groups=groups
+            input, weight, bias, padding=self.padding, dilation=dilation, groups=groups
         )  # fmt: skip
 
     def release(self) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.errors import GridError, SurgeryError
+from tokenconv.surgery.accelerate import check_not_accelerated
 from tokenconv.surgery.edits import carry_out, insertion_of, take_back
 from tokenconv.surgery.plans import Plan, check_fits, check_untouched, plan
 
@@ -118,7 +119,8 @@ def remove_(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        SurgeryError: If nothing is inserted.
+        SurgeryError: If nothing is inserted, or the model is accelerated.
     """
+    check_not_accelerated(model)
     take_back(model)
     return model

@@ -12,6 +12,7 @@ from torch import nn
 from tokenconv.blocks import BLOCKS
 from tokenconv.costs import SiteCost, price
 from tokenconv.errors import MeasurementError, SurgeryError, UnknownNameError
+from tokenconv.surgery.accelerate import check_not_accelerated
 from tokenconv.surgery.edits import NONE, Edit, carry_out, edit_for
 from tokenconv.surgery.sites import SITES, BlockSites, Place, Survey, survey
 
@@ -306,7 +307,8 @@ def rehearse(found: Survey, draft: Plan) -> Plan:
 
 
 def check_untouched(model: nn.Module) -> None:
-    """Refuse a model that is already under surgery."""
+    """Refuse a model that is already under surgery, or accelerated."""
+    check_not_accelerated(model)
     if any("_tokenconv" in vars(module) for module in model.modules()):
         raise SurgeryError("this model already holds blocks of tokenconv; call remove_ first")
 

@@ -18,6 +18,7 @@ from tokenconv.errors import GridError, MeasurementError, SurgeryError
 from tokenconv.grid import TokenGrid
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
+from tokenconv.surgery.accelerate import check_not_accelerated
 from tokenconv.surgery.binding import GridBinding, NoteGrid, release
 from tokenconv.surgery.dropping import NoteKept
 from tokenconv.surgery.edits import Insertion, inserted_modules, insertion_of
@@ -131,6 +132,7 @@ def freeze_grid_(model: nn.Module, size: tuple[int, int]) -> nn.Module:
         SurgeryError: If nothing is inserted, the size does not fit the model or is frozen already,
             or an inserted block cannot be scripted; the model is as it was then.
     """
+    check_not_accelerated(model)
     insertion = insertion_of(model)
     if any(type(module) in _FIXED.values() for module in model.modules()):
         raise SurgeryError("the size is frozen already; call remove_ and insert_ anew")

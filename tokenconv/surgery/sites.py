@@ -456,3 +456,14 @@ def _input_size(
     rows, cols = size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return family.in_chans or (first.in_channels if first else 3), rows, cols
+
+
+def image_size(model: nn.Module) -> tuple[int, int, int]:
+    """``(C, H, W)`` of the images that a model of any library was built for."""
+    for name, module in model.named_modules():
+        if family := family_of(module):
+            return _input_size(model.get_submodule(name), family, None)
+    config = getattr(model, "config", None)  # as transformers' models have it
+    side = getattr(config, "image_size", None) or 224
+    rows, cols = (side, side) if isinstance(side, int) else side
+    return getattr(config, "num_channels", 3), rows, cols

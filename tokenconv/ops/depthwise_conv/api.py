@@ -112,23 +112,24 @@ def depthwise_conv(
     if activation is not None:
         activation = Activation.of(activation)
     prefix_tokens = PrefixTokens.of(prefix_tokens)
-    chosen = _choose(x, weight, grid, dilation) if impl is None else Impl.of(impl)
-    if impl is not None and (refusal := _refusal(chosen, x, weight, grid, dilation)):
-        raise ValueError(f"impl={str(chosen)!r} is refused: {refusal}; or leave impl out")
-    if isinstance(grid, TokenGrid):
-        if chosen == Impl.TRITON:
-            return triton.depthwise_conv_triton(
-                x, weight, bias, grid, residual, activation, gate, prefix_tokens
-            )
-        if chosen == Impl.ONEDNN:
-            return onednn.depthwise_conv_onednn(
-                x, weight, bias, grid, dilation, residual, activation, gate, prefix_tokens
-            )
-        out = _FULL[chosen](x, weight, bias, grid, dilation, residual)
-    elif isinstance(grid, SparseGrid):
-        out = _SPARSE[chosen](x, weight, bias, grid, dilation, residual)
-    else:
+    if isinstance(grid, MultiGrid):
         out = _on_every_map(x, weight, bias, grid, dilation, residual, impl)
+        return finish(out, x, grid.num_prefix_tokens, activation, gate, prefix_tokens)
+    if impl is not None and (refusal := _refusal(Impl.of(impl), x, weight, grid, dilation)):
+        raise ValueError(f"impl={str(impl)!r} is refused: {refusal}; or leave impl out")
+    chosen = _choose(x, weight, grid) if impl is None or x.is_meta else Impl.of(impl)
+    if isinstance(grid, SparseGrid):
+        out = _SPARSE[chosen](x, weight, bias, grid, dilation, residual)
+    elif chosen == Impl.TRITON:
+        return triton.depthwise_conv_triton(
+            x, weight, bias, grid, residual, activation, gate, prefix_tokens
+        )
+    elif chosen == Impl.ONEDNN:
+        return onednn.depthwise_conv_onednn(
+            x, weight, bias, grid, dilation, residual, activation, gate, prefix_tokens
+        )
+    else:
+        out = _FULL[chosen](x, weight, bias, grid, dilation, residual)
     return finish(out, x, grid.num_prefix_tokens, activation, gate, prefix_tokens)
 
 
@@ -149,7 +150,7 @@ def _on_every_map(
     return torch.cat([prefix.to(outs[0].dtype), *outs], dim=1)
 
 
-def _choose(x: Tensor, weight: Tensor, grid: AnyGrid, dilation: int) -> Impl:
+def _choose(x: Tensor, weight: Tensor, grid: TokenGrid | SparseGrid) -> Impl:
     """The fastest that can take the call, as far as it was measured."""
     if isinstance(grid, SparseGrid):
         return Impl.GATHER
@@ -158,13 +159,16 @@ def _choose(x: Tensor, weight: Tensor, grid: AnyGrid, dilation: int) -> Impl:
     return Impl.CONV2D
 
 
-def _refusal(impl: Impl, x: Tensor, weight: Tensor, grid: AnyGrid, dilation: int) -> str | None:
+def _refusal(
+    impl: Impl, x: Tensor, weight: Tensor, grid: TokenGrid | SparseGrid, dilation: int
+) -> str | None:
     """Why an implementation cannot take a call; None if it can."""
     takes = (*_SPARSE,) if isinstance(grid, SparseGrid) else (*_FULL, *_FUSED)
     if impl not in takes:
-        return (
-            f"it takes no {type(grid).__name__}; take {' or '.join(repr(str(one)) for one in takes)}"
-        )
+        names = " or ".join(repr(str(one)) for one in takes)
+        return f"it takes no {type(grid).__name__}; take {names}"
+    if x.is_meta:  # nothing is computed there
+        return None
     if impl == Impl.ONEDNN:
         return onednn.refusal(x, weight)
     if impl == Impl.TRITON:

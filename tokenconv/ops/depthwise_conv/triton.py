@@ -87,7 +87,7 @@ def refusal(x: Tensor, weight: Tensor, dilation: int) -> str | None:
 def _is_interpreted() -> bool:
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def depthwise_conv_triton(
@@ -136,6 +136,13 @@ _library.define(
 @cache
 def _operator() -> Callable[..., Tensor]:
     return torch.ops.tokenconv.depthwise_conv.default
+
+
+@cache
+def _kernels() -> Any:
+    from tokenconv.ops.depthwise_conv import triton_kernels  # when Triton is known to be there
+
+    return triton_kernels
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -199,8 +206,6 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, y: Tensor, size: Any,
     prefix: int, residual: bool, activation: str, prefix_tokens: str, flip: bool,
 ) -> None:  # fmt: skip
-    from tokenconv.ops.depthwise_conv import triton_kernels
-
     if not y.numel():
         return
     *frames, rows, cols = size
@@ -212,7 +217,7 @@ def _convolve(
     programs = (places + (batch if prefix else 0)) * -(-dim // tiling.channels)
     other = x if gate is None else gate
     with _on(x.device):
-        triton_kernels.convolve[(programs,)](
+        _kernels().convolve[(programs,)](
             x, weight.contiguous(), bias, other, y, batch * count, count, rows, cols, prefix, dim,
             x.stride(0), x.stride(1), other.stride(0), other.stride(1), y.stride(0), y.stride(1),
             K=side, TH=tiling.rows, TW=tiling.cols, BC=tiling.channels, ACT=activation,
@@ -225,8 +230,6 @@ def _launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, size: Any,
     prefix: int, residual: bool, activation: str, prefix_tokens: str, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from tokenconv.ops.depthwise_conv import triton_kernels
-
     needs_x, needs_weight, needs_bias, needs_gate = needed
     if grad.shape[-1] > 1 and grad.stride(-1) != 1:
         grad = grad.contiguous()
@@ -242,7 +245,9 @@ def _launch_backward(
     tiling = _BACKWARD[side, x.element_size()]
     blocks = -(-dim // tiling.channels)
     tiles = batch * count * -(-cols // tiling.cols) * rows
-    parts = min(max(1, _PROGRAMS_PER_PROCESSOR * _processors(x.device) // max(1, blocks)), max(1, tiles))
+    parts = min(
+        max(1, _PROGRAMS_PER_PROCESSOR * _processors(x.device) // max(1, blocks)), max(1, tiles)
+    )
     sums = needs_weight or needs_bias
     partial = x.new_empty((parts, side * side + 1, dim) if sums else (0,), dtype=torch.float32)
     if not x.numel():
@@ -251,7 +256,7 @@ def _launch_backward(
         other = x if gate is None else gate
         programs = (parts + (batch if prefix and (needs_z or needs_gate) else 0)) * blocks
         with _on(x.device):
-            triton_kernels.gradients[(programs,)](
+            _kernels().gradients[(programs,)](
                 x, weight.contiguous(), bias, other, grad, dz, dgate, partial, batch * count, count,
                 rows, cols, prefix, dim, parts, x.stride(0), x.stride(1), other.stride(0),
                 other.stride(1), grad.stride(0), grad.stride(1), x.shape[1] * dim, dim,
