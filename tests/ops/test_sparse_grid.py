@@ -184,9 +184,9 @@ def test_shapes_do_not_depend_on_data(how):
          r"2 images of 10 tokens \(1 prefix \+ 9\), got .*\(1, 10, 4\)"),
         (lambda x, w, g: tc.depthwise_conv(x[:, 1:], w, None, g), tc.GridError, r"\(2, 9, 4\)"),
         (lambda x, w, g: tc.depthwise_conv(x, w, None, g, impl="conv2d"), ValueError,
-         "'conv2d' takes no SparseGrid; take 'gather', or leave impl out"),
+         "'conv2d' is refused: it takes no SparseGrid; take 'gather'; or leave impl out"),
         (lambda x, w, g: tc.depthwise_conv(x, w, None, (2, 5), impl="gather"), ValueError,
-         "'gather' takes no TokenGrid; take 'conv2d' or 'naive' or 'reference'"),
+         "'gather' is refused: it takes no TokenGrid; take 'conv2d' or 'naive' or 'reference'"),
         (lambda x, w, g: tc.tokens_to_map(x, g), tc.GridError, "fill one grid, got a SparseGrid"),
     ],
 )  # fmt: skip
