@@ -11,8 +11,9 @@ import tokenconv as tc
 PUBLIC = [
     "BLOCKS", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv", "GridError",
     "Impl", "MeasurementError", "MixFFN", "MultiGrid", "Plan", "SeparableConv", "SparseGrid",
-    "SurgeryError", "TokenConvError", "TokenGrid", "UnknownNameError", "compare", "cost",
-    "create_block", "depthwise_conv", "fold_", "freeze_grid_", "insert_", "keep_tokens",
+    "SurgeryError", "TokenConvError", "TokenGrid", "UnknownNameError", "accelerate_", "compare",
+    "cost", "create_block", "decelerate_", "depthwise_conv", "fold_", "freeze_grid_", "insert_",
+    "keep_tokens",
     "list_blocks", "load_", "load_official", "map_to_tokens", "param_groups", "plan", "remove_",
     "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
