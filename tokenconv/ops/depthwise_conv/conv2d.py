@@ -1,13 +1,21 @@
 """``torch.nn.functional.conv2d`` on a channels-last view of the tokens."""
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenconv.grid import TokenGrid
+
+_IS_NATIVE = {
+    dtype: torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+}
+"""Whether CPUs convolve in this dtype here; if not, PyTorch goes channel by channel."""
 
 
 def depthwise_conv_conv2d(
@@ -23,7 +31,7 @@ def depthwise_conv_conv2d(
     Takes the views of ``grid.tokens_to_map`` and ``map_to_tokens`` by itself: einops spends more
     Python on them than a small convolution can hide.
     """
-    if x.device.type == "cpu" and x.dtype in _HALVES and not _is_native(x.dtype):
+    if x.device.type == "cpu" and not _IS_NATIVE.get(x.dtype, True):
         wide = (x.float(), weight.float(), None if bias is None else bias.float())
         return depthwise_conv_conv2d(*wide, grid, dilation, residual).to(x.dtype)
     num_prefix_tokens, dim = grid.num_prefix_tokens, x.shape[-1]
@@ -42,14 +50,3 @@ def depthwise_conv_conv2d(
         return tokens
     prefix = x[:, :num_prefix_tokens]
     return torch.cat([prefix.to(out.dtype), tokens], dim=1)  # autocast may have changed the dtype
-
-
-_HALVES = (torch.bfloat16, torch.float16)
-
-
-@cache
-def _is_native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves in this dtype here; else PyTorch goes channel by channel."""
-    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    supported = getattr(torch.ops.mkldnn, name, None)
-    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())

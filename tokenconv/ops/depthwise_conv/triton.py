@@ -9,6 +9,7 @@ Shape letters: B batch, N tokens = P prefix + T*H*W grid, C channels, K kernel s
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenconv.grid import TokenGrid
@@ -56,11 +58,14 @@ _BACKWARD = {
 }
 _PROGRAMS_PER_PROCESSOR = 4
 """Of the kernel that sums the gradient of the weights."""
+_IS_THERE = importlib.util.find_spec("triton") is not None
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Triton's own switch, to run kernels on a CPU: slowly, to try them."""
 
 
 def refusal(x: Tensor, weight: Tensor, dilation: int) -> str | None:
     """Why the kernels cannot take a call; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _IS_THERE:
         return "Triton is not installed"
     side = weight.shape[-1]
     if side not in KERNELS:
@@ -76,18 +81,11 @@ def refusal(x: Tensor, weight: Tensor, dilation: int) -> str | None:
         if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
             return "the kernels need compute capability 8.0 or newer"
     elif x.device.type == "cpu":
-        if not _is_interpreted():
+        if not _IS_INTERPRETED:
             return "Triton makes no code for CPUs (TRITON_INTERPRET=1, set first, interprets it)"
     elif x.device.type != "xpu":
         return f"Triton makes no code for {x.device.type} devices"
     return None
-
-
-@cache
-def _is_interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def depthwise_conv_triton(
@@ -106,7 +104,7 @@ def depthwise_conv_triton(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         gate = None if gate is None else gate.to(dtype)
-    return _operator()(
+    return torch.ops.tokenconv.depthwise_conv.default(
         x, weight, bias, gate, grid.size, grid.num_prefix_tokens, residual,
         "none" if activation is None else activation.value, prefix_tokens.value,
     )  # fmt: skip
@@ -134,11 +132,6 @@ _library.define(
 
 
 @cache
-def _operator() -> Callable[..., Tensor]:
-    return torch.ops.tokenconv.depthwise_conv.default
-
-
-@cache
 def _kernels() -> Any:
     from tokenconv.ops.depthwise_conv import triton_kernels  # when Triton is known to be there
 
@@ -156,7 +149,9 @@ def _in_aten(
 ) -> Tensor:  # fmt: skip
     grid = TokenGrid(tuple(size), prefix)
     act = None if activation == "none" else Activation(activation)
-    out = depthwise_conv_conv2d(x, weight, bias, grid, 1, residual)
+    out = depthwise_conv_conv2d(x, weight, bias, grid, 1, False)
+    if residual:  # not in place, as exported programs want it
+        out = out + F.pad(x[:, prefix:], (0, 0, prefix, 0))
     return finish(out, x, prefix, act, gate, PrefixTokens(prefix_tokens))
 
 
@@ -275,9 +270,9 @@ def _launch_backward(
     if sums:
         total = partial.sum(0)
         if needs_weight:
-            dweight = total[:-1].T.reshape(weight.shape).to(weight.dtype)
+            dweight = total[:-1].T.contiguous().reshape(weight.shape).to(weight.dtype)
         if needs_bias:
-            dbias = total[-1].to(weight.dtype)
+            dbias = total[-1].to(weight.dtype, copy=True)  # results of an operator share nothing
     return dx, dweight, dbias, dgate
 
 
