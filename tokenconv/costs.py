@@ -124,10 +124,14 @@ def run_meta(
         raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
 
 
+_HOOKS = ("tokenconv.", "transformers.")
+"""Whose hooks are part of a model; transformers collects hidden states by them."""
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy of a model whose parameters and buffers take no memory.
 
-    Hooks that are not ours stay behind: they may read values, which a meta tensor does not have.
+    Hooks of users stay behind: they may read values, which a meta tensor does not have.
 
     Raises:
         MeasurementError: If the model cannot be copied.
@@ -147,7 +151,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in meta.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if not getattr(hook, "__module__", "").startswith("tokenconv."):
+                if not getattr(hook, "__module__", "").startswith(_HOOKS):
                     del hooks[key]
     return meta
 

@@ -88,10 +88,11 @@ def accelerate_(
             f"{type(model).__name__} has no depthwise convolution over tokens to accelerate"
             + (f" ({reasons})" if reasons else "")
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    fused = {chain.act for chain in chains if chain.act}
-    for name in fused:
-        model.set_submodule(name, FusedActivation(modules[name]).train(modules[name].training))
+    modules = dict(model.named_modules())
+    fused = {modules[chain.act] for chain in chains if chain.act}
+    for name, act in list(model.named_modules(remove_duplicate=False)):
+        if act in fused:
+            model.set_submodule(name, FusedActivation(act).train(act.training))
     for chain in chains:
         _speed_up(modules[chain.conv], chain, impl)
         if chain.gate:
@@ -340,7 +341,7 @@ class _Watch(TorchDispatchMode):
         """Activations and convolutions that are running."""
         self.made: dict[int, _Call] = {}
         """By storage: the call that returned it, which keeps it, so that none is used again."""
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in model.named_modules():
             if type(module) is nn.Conv2d:
                 module.register_forward_hook(_keep_layout)
             if any(name.startswith(f"{conv}.") for conv in self.convs):
@@ -379,7 +380,7 @@ class _Watch(TorchDispatchMode):
 
 def _keep_layout(conv: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
     """A convolution of tokens returns tokens, as it does on devices; the meta device has NCHW."""
-    is_tokens = args[0].ndim == 4 and args[0].stride(1) == 1
+    is_tokens = bool(args) and args[0].ndim == 4 and args[0].stride(1) == 1
     return out.contiguous(memory_format=torch.channels_last) if is_tokens else out
 
 
@@ -398,7 +399,7 @@ def activation_of(module: nn.Module) -> Activation | None:
     numbers = torch.linspace(-8, 8, 257, dtype=torch.float64)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outs = [copy.deepcopy(module).train(mode)(numbers) for mode in (True, False)]
+            outs = [copy.deepcopy(module).train(mode)(numbers.clone()) for mode in (True, False)]
     except Exception:  # whatever a module of somebody's raises on what it was not made for
         return None
     for activation in Activation:
