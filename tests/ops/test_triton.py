@@ -479,3 +479,52 @@ def test_other_streams():
         out = tc.depthwise_conv(x, weight, bias, GRID, impl="triton")
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+# --- sharded ---
+
+_SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+import tokenconv as tc
+from tokenconv.ops.depthwise_conv import triton as ours
+from torch.distributed.fsdp import fully_shard
+
+for key in ours._FORWARD:
+    ours._FORWARD[key] = ours._BACKWARD[key] = ours.Tiling(2, 4, 8, 1)
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{file}")
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = tc.DWConv(6, activation="gelu", impl="triton")
+
+    def forward(self, x):
+        return self.conv(x, 2, 3)
+
+torch.manual_seed(0)
+plain, sharded, x = Net(), Net(), torch.randn(2, 6, 6)
+sharded.load_state_dict(plain.state_dict())
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+fully_shard(sharded, mesh=mesh)
+plain(x).square().mean().backward()
+sharded(x[rank : rank + 1]).square().mean().backward()
+for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+    torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-5, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_parameters_of_two_processes(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("interpreted kernels are for machines without a GPU")
+    words = [sys.executable, "-W", "ignore", "-c", _SHARDED]
+    processes = [
+        subprocess.Popen([*words, str(rank), str(tmp_path / "meet")], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-2000:]

@@ -37,9 +37,10 @@ class Impl(StrEnum):
     @classmethod
     def of(cls, name: "Impl | str") -> "Impl":
         """The implementation of this name, or an error that lists the nearest ones."""
-        if name not in set(cls):
-            raise UnknownNameError("impl", str(name), list(cls))
-        return cls(name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownNameError("impl", str(name), list(cls)) from None
 
 
 _FULL = {

@@ -25,9 +25,10 @@ class Activation(StrEnum):
     @classmethod
     def of(cls, name: "Activation | str") -> "Activation":
         """The activation of this name, or an error that lists the nearest ones."""
-        if name not in set(cls):
-            raise UnknownNameError("activation", str(name), list(cls))
-        return cls(name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownNameError("activation", str(name), list(cls)) from None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Activate, with torch's own function."""
@@ -55,9 +56,10 @@ class PrefixTokens(StrEnum):
     @classmethod
     def of(cls, name: "PrefixTokens | str") -> "PrefixTokens":
         """The policy of this name, or an error that lists the others."""
-        if name not in set(cls):
-            raise UnknownNameError("prefix_tokens", str(name), list(cls))
-        return cls(name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownNameError("prefix_tokens", str(name), list(cls)) from None
 
 
 def finish(
