@@ -52,6 +52,18 @@ def test_without_a_bias_and_with_dilation():
     assert not torch.equal(out, plain)
 
 
+def test_one_kernel_with_and_without_a_residual():
+    grid = tc.TokenGrid((6, 9), 1)
+    x, weight, bias, _ = inputs(grid, 20)
+    weight = torch.nn.Parameter(weight)
+    for residual in (False, True, False):
+        call = {"residual": residual, "activation": "gelu"}
+        with torch.no_grad():
+            out = tc.depthwise_conv(x, weight, bias, grid, impl="onednn", **call)
+            expected = tc.depthwise_conv(x, weight, bias, grid, impl="reference", **call)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_plain_convolution_is_the_same_to_the_bit():
     grid = tc.TokenGrid((6, 9), 1)
     x, weight, bias, _ = inputs(grid, 20)
@@ -197,6 +209,13 @@ def test_a_forced_choice_is_honoured_or_refused(call, message):
     layer = tc.DWConv(16, impl="onednn")
     with pytest.raises(ValueError, match=f"impl='onednn' is refused: .*{message}"):
         call(torch.randn(2, 15, 16), layer)
+
+
+@pytest.mark.parametrize("impl", ["onednn", "triton"])
+def test_where_nothing_is_computed_nothing_is_refused(impl):
+    """Plans and costs run on the meta device."""
+    with torch.device("meta"):
+        assert tc.DWConv(16, impl=impl)(torch.empty(2, 15, 16), 3, 5).shape == (2, 15, 16)
 
 
 def test_it_is_refused_where_pytorch_has_no_such_operator(monkeypatch):

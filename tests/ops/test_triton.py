@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 OP = torch.ops.tokenconv.depthwise_conv.default
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of outputs and gradients, as a share of the largest value."""
+GRID = tc.TokenGrid((3, 5))
 EPILOGUES = list(itertools.product(ACTIVATIONS, (False, True), (False, True)))
 
 
@@ -122,6 +123,7 @@ def test_halves_of_a_projection_and_tokens_behind_others_are_read_where_they_lie
     x, gate = packed[:, 1:-1].chunk(2, dim=-1)
     assert not x.is_contiguous()
     check([x.detach(), weight, bias, gate.detach()], grid, activation="gelu")
+    check([x.detach(), weight, bias, gate.contiguous().detach()], grid, activation="gelu")
 
 
 @pytest.mark.parametrize("way", ["expanded", "transposed", "strided"])
@@ -136,6 +138,12 @@ def test_gradients_of_any_layout(device, way):
     }[way].to(device)
     check(tensors, grid, activation="gelu", cotangent=cotangent)
     check(inputs(grid, 6, device=device), grid, cotangent=cotangent)
+
+
+def test_a_gate_of_another_layout(device):
+    grid = tc.TokenGrid((3, 4), 1)
+    x, weight, bias, gate = inputs(grid, 6, gate=True, device=device)
+    check([x, weight, bias, gate.mT.contiguous().mT], grid, activation="gelu")
 
 
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=4)), ids=str)
@@ -181,6 +189,20 @@ def test_a_value_that_is_no_number_stays_where_it_is(device):
     assert torch.isnan(
         tc.depthwise_conv(x * torch.nan, weight, bias, grid, activation="relu", impl="triton")
     ).all()
+
+
+def test_infinity_under_one_tap_is_infinity_in_one_gradient(device):
+    """And no number nowhere: what lies outside the grid is not multiplied with it."""
+    x, weight, bias, _ = inputs(GRID, 4, batch=1, device=device)
+    x[0, 4] = torch.inf  # the last of the first row
+    weight.requires_grad_()
+    out = tc.depthwise_conv(x, weight, bias, GRID, impl="triton")
+    (grad,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    seen = torch.zeros(3, 3, dtype=torch.bool, device=device)
+    seen[1:, 1:] = True
+    seen = seen.flip(0, 1)  # the token is under those taps of the tokens beside and below it
+    assert torch.equal(grad.isinf(), seen.expand_as(grad))
+    assert not grad.isnan().any()
 
 
 def test_a_gradient_of_weights_is_the_same_every_time(device, monkeypatch):
@@ -244,7 +266,10 @@ def test_autocast_as_for_torch(device):
     weight.requires_grad_()
     with torch.autocast(device.type, torch.bfloat16):
         out = tc.depthwise_conv(x, weight, bias, grid, activation="gelu", impl="triton")
+        half = x.bfloat16()  # as a linear layer in front returns it
+        same = tc.depthwise_conv(half, weight, bias, grid, activation="gelu", impl="triton")
     assert out.dtype == torch.bfloat16
+    assert torch.equal(out, same)
     (grad,) = torch.autograd.grad(out.float().sum(), weight)
     assert grad.dtype == torch.float32
     expected = tc.depthwise_conv(x, weight, bias, grid, activation="gelu", impl="reference")
@@ -321,8 +346,6 @@ def test_a_residual_with_a_zero_kernel_changes_no_bit(device):
 
 
 # --- what it refuses, before anything is launched ---
-
-GRID = tc.TokenGrid((3, 5))
 
 
 @pytest.mark.parametrize(

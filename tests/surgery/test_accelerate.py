@@ -230,6 +230,10 @@ def activated_elsewhere_too(self, x):
     return self.act(self.conv(self.act(x)))
 
 
+def activated_again(self, x):
+    return self.act(2 * self.act(self.conv(x)))
+
+
 def twice_the_same(self, x):
     return self.act(self.conv(self.act(self.conv(x))))
 
@@ -241,11 +245,29 @@ def test_an_activation_that_is_the_only_use_is_fused(run):
 
 
 @pytest.mark.parametrize(
-    "run", [used_twice, used_before, of_a_part, with_something_between, activated_elsewhere_too]
+    "run",
+    [
+        used_twice,
+        used_before,
+        of_a_part,
+        with_something_between,
+        activated_elsewhere_too,
+        activated_again,
+    ],
 )
 def test_another_use_keeps_the_activation(run):
     report = check(Tokens(run), torch.randn(2, 3, 5, 6))
     assert report.changed == {"conv": "on tokens"}
+
+
+def test_an_activation_may_be_several_operators():
+    class Swish(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    model = Tokens(through)
+    model.act = Swish()
+    assert check(model, torch.randn(2, 3, 5, 6), pickles=False).changed["conv"].endswith("silu")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +314,7 @@ def test_a_convolution_that_does_not_run_is_kept():
         (nn.Hardswish(), None),
         (nn.ReLU6(), None),
         (nn.Dropout(0.5), None),
-        (nn.RReLU(0.0, 0.5), None),
+        (nn.RReLU(-0.5, 0.5), None),
         (nn.Softmax(-1), None),
         (nn.Identity(), None),
         (nn.Linear(257, 257), None),
@@ -342,8 +364,10 @@ def test_a_forced_implementation_is_the_one_that_runs(device):
 
 def test_the_one_asked_for_before_comes_back(vit):
     model = tc.insert_(vit, "mix_ffn", impl="conv2d")
-    tc.accelerate_(model, impl="naive")
     convs = [m for m in model.modules() if isinstance(m, tc.DWConv)]
+    tc.accelerate_(model)
+    assert {(m.impl, m.activation) for m in convs} == {("conv2d", "gelu")}
+    tc.accelerate_(tc.decelerate_(model), impl="naive")
     assert {(m.impl, m.activation) for m in convs} == {("naive", "gelu")}
     tc.decelerate_(model)
     assert {(m.impl, m.activation) for m in convs} == {("conv2d", None)}

@@ -302,7 +302,7 @@ def _unfit(conv: nn.Module, calls: Sequence[_Call]) -> str:
 def _only_use(watch: "_Watch", conv: str, calls: Sequence[_Call]) -> str:
     """The activation that is the only use of what a convolution returns, in every call."""
     used = {use for call in calls for use in call.uses}
-    if len(used) != 1 or any(len(call.uses) != 1 for call in calls):
+    if len(used) != 1:
         return ""
     ((*inside,),) = used
     if len(inside) != 1:

@@ -29,7 +29,8 @@ _ATTRIBUTES: dict[Activation | None, tuple[str, str]] = {
 """What oneDNN calls an activation, and its algorithm."""
 
 _packed: Any = WeakIdKeyDictionary()
-"""By parameter: the values that were packed, and the kernels that they were packed into."""
+"""By parameter: the values that were packed, and the kernel made of them, without and with a
+residual. It serves maps of any shape."""
 
 
 def refusal(x: Tensor, weight: Tensor) -> str | None:
@@ -78,7 +79,7 @@ def depthwise_conv_onednn(
     # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
     fmap = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
     in_kernel = residual and activation is not None
-    kernel = _kernel(weight, dilation, in_kernel)
+    kernel = _kernel(weight, in_kernel)
     around = [dilation * (weight.shape[-1] // 2)] * 2
     attribute, algorithm = _ATTRIBUTES[activation]
     out = torch.ops.mkldnn._convolution_pointwise(
@@ -95,7 +96,7 @@ def depthwise_conv_onednn(
     return finish(tokens, x, num_prefix_tokens, None, gate, prefix_tokens)
 
 
-def _kernel(weight: Tensor, dilation: int, with_residual: bool) -> Tensor:
+def _kernel(weight: Tensor, with_residual: bool) -> Tensor:
     """The kernel as the primitive wants it; packed where it is a parameter, which comes again.
 
     Values are compared, not version counters: these do not see what is written through ``.data``,
@@ -108,14 +109,12 @@ def _kernel(weight: Tensor, dilation: int, with_residual: bool) -> Tensor:
     if known is None or not torch.equal(known[0], own):
         known = _packed[weight] = (own.clone(), {})
     values, kernels = known
-    key = dilation, with_residual
-    if key not in kernels:
+    if with_residual not in kernels:
         plain = _with_residual(values) if with_residual else values
-        around = [dilation * (weight.shape[-1] // 2)] * 2
-        kernels[key] = torch.ops.mkldnn._reorder_convolution_weight(
-            plain, around, [1, 1], [dilation] * 2, weight.shape[0]
+        kernels[with_residual] = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, groups=weight.shape[0]
         )
-    return kernels[key]
+    return kernels[with_residual]
 
 
 def _with_residual(weight: Tensor) -> Tensor:

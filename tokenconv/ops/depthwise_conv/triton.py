@@ -100,12 +100,9 @@ def depthwise_conv_triton(
 ) -> Tensor:
     """See ``api.depthwise_conv``; autocast as for torch's convolutions."""
     dtype = _dtype_under_autocast(x)
-    if dtype != x.dtype:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        gate = None if gate is None else gate.to(dtype)
+    tensors = [None if t is None else t.to(dtype) for t in (x, weight, bias, gate)]
     return torch.ops.tokenconv.depthwise_conv.default(
-        x, weight, bias, gate, grid.size, grid.num_prefix_tokens, residual,
+        *tensors, grid.size, grid.num_prefix_tokens, residual,
         "none" if activation is None else activation.value, prefix_tokens.value,
     )  # fmt: skip
 
@@ -210,7 +207,7 @@ def _convolve(
     tiling = _FORWARD[side, x.element_size()]
     places = batch * count * -(-rows // tiling.rows) * -(-cols // tiling.cols)
     programs = (places + (batch if prefix else 0)) * -(-dim // tiling.channels)
-    other = x if gate is None else gate
+    x, other = _in_rows(x), _in_rows(x if gate is None else gate)
     with _on(x.device):
         _kernels().convolve[(programs,)](
             x, weight.contiguous(), bias, other, y, batch * count, count, rows, cols, prefix, dim,
@@ -226,8 +223,7 @@ def _launch_backward(
     prefix: int, residual: bool, activation: str, prefix_tokens: str, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needs_x, needs_weight, needs_bias, needs_gate = needed
-    if grad.shape[-1] > 1 and grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    grad, x = _in_rows(grad), _in_rows(x)
     activates = activation != "none" or gate is not None
     needs_z = needs_x and activates
     none = x.new_empty(0)
@@ -248,7 +244,7 @@ def _launch_backward(
     if not x.numel():
         partial.zero_()
     elif sums or needs_z or needs_gate:
-        other = x if gate is None else gate
+        other = x if gate is None else _in_rows(gate)
         programs = (parts + (batch if prefix and (needs_z or needs_gate) else 0)) * blocks
         with _on(x.device):
             _kernels().gradients[(programs,)](
@@ -274,6 +270,11 @@ def _launch_backward(
         if needs_bias:
             dbias = total[-1].to(weight.dtype, copy=True)  # results of an operator share nothing
     return dx, dweight, dbias, dgate
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Tokens whose channels lie next to each other; a copy where they do not."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 @cache
