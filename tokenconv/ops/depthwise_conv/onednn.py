@@ -39,6 +39,8 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return f"it is for CPUs, and the tokens are on {x.device}"
     if x.dtype != torch.float32:
         return f"it takes float32, not {str(x.dtype)[6:]}"
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return "the channels of a token do not lie next to each other; call x.contiguous()"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "it has no gradient; call it under torch.no_grad() or torch.inference_mode()"
     if torch.is_autocast_enabled("cpu"):
