@@ -253,6 +253,18 @@ def test_the_summary_is_right_for_made_up_timings(kernels):
     assert ("timm/ours", both, "full grids") not in found
 
 
+def test_times_are_of_a_call_and_ratios_of_a_round(kernels, monkeypatch):
+    samples = {"a": [10.0, 20.0, 90.0], "b": [5.0, 20.0, 9.0]}
+    timing = SimpleNamespace(failures={}, samples_ms=samples)
+    monkeypatch.setattr(sys.modules["common"], "time_interleaved", lambda *args, **kw: timing)
+    args, bar = kernels.parse([]), SimpleNamespace(update=None)
+    found = kernels.time_arms({}, args, [("a", "b"), ("a", "c")], bar, 10)
+    assert {name: spread["median"] for name, spread in found["latency_ms"].items()} == {
+        "a": 2.0, "b": 0.9,
+    }  # fmt: skip
+    assert {name: spread["median"] for name, spread in found["ratio"].items()} == {"a/b": 2.0}
+
+
 def test_a_step_on_a_gpu_takes_the_buffers_in_turn_and_keeps_its_results(kernels, monkeypatch):
     """Else results would be written to one place, which the cache holds."""
     log, alive = [], set()
