@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python benchmarks/token_conv.py
+	$(BIN)/python benchmarks/kernels.py
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'

@@ -2,21 +2,32 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib import import_module
+from importlib.util import find_spec
+from operator import truediv
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from tokenconv.profiling import Spread, machine, steady_allocator
-from tokenconv.profiling.measurement import Rounds, time_interleaved
+if find_spec("matplotlib") is None:
+    # The package draws reports; what measures needs torch alone, and is imported without the rest.
+    package = sys.modules["tokenconv.profiling"] = ModuleType("tokenconv.profiling")
+    package.__path__ = [str(Path(__file__).parents[1] / "tokenconv" / "profiling")]
+
+from tokenconv.profiling import machine
+from tokenconv.profiling.measurement import Rounds, Spread, steady_allocator, time_interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="steady",
         help="on CPU: keep freed memory, or do what the system does",
     )
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="on CUDA: cuDNN tries all it has first"
+    )
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
 
 
@@ -55,9 +69,7 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     keep = args.device == "cpu" and args.allocator == "steady"
     allocator = steady_allocator() if keep else "as the system has it"
-    if args.device == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # or float32 would not mean the same in every arm
-    return {
+    settings = {
         **facts(torch.device(args.device)),
         "threads": torch.get_num_threads(),
         "allocator": allocator,
@@ -65,6 +77,15 @@ def set_up(args: argparse.Namespace) -> dict[str, Any]:
         "repeats": args.repeats,
         "warmup": args.warmup,
     }
+    if args.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # or float32 would not mean the same in every arm
+        torch.backends.cudnn.benchmark = settings["cudnn_benchmark"] = args.cudnn_benchmark
+        settings["versions"] |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "triton": import_module("triton").__version__ if find_spec("triton") else None,
+        }
+    return settings
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -82,38 +103,98 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def compiled(work: Any) -> Any:
+    """``torch.compile`` for the shapes that come, as many as there are, or an error."""
+    torch._dynamo.config.recompile_limit = 1000  # beyond it everything runs uncompiled
+    return torch.compile(work, dynamic=False, fullgraph=True)
+
+
+def check_alike(
+    results: Mapping[str, Sequence[Tensor | None]], allowed: float, what: str, least: float = 0.0
+) -> float:
+    """Compare what arms return with what the first of them does.
+
+    Args:
+        results: Tensors of every arm; None, where there should be one, differs.
+        allowed: Largest difference, as a share of the largest value of its tensor.
+        what: Was computed, for the error.
+        least: Tensors with smaller values than this share of the largest of all count as so large.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        ValueError: If it is too large.
+    """
+    (first, expected), *others = results.items()
+    sizes = [0.0 if one is None else float(one.detach().abs().max()) for one in expected]
+    sizes = [max(size, least * max(sizes)) for size in sizes]
+    shares = {first: 0.0} | {name: _difference(own, expected, sizes) for name, own in others}
+    worst = max(shares, key=lambda name: shares[name])
+    if shares[worst] > allowed:
+        raise ValueError(
+            f"{worst} differs from {first} by {shares[worst]:.1e} of the largest value on {what}, "
+            f"allowed are {allowed:.0e}: not timed"
+        )
+    return shares[worst]
+
+
+def _difference(
+    own: Iterable[Tensor | None], expected: Iterable[Tensor | None], sizes: Iterable[float]
+) -> float:
+    largest = 0.0
+    for got, wanted, size in zip(own, expected, sizes, strict=True):
+        if got is None or wanted is None or got.shape != wanted.shape:
+            return math.inf
+        share = (got.detach().double() - wanted.detach()).abs().max() / size
+        largest = max(largest, float(share.nan_to_num(math.inf)))
+    return largest
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that work takes on the GPU, over what is held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
+
+
 def time_arms(
     arms: Mapping[str, Callable[[], object]],
     args: argparse.Namespace,
-    over: str,
+    pairs: Iterable[tuple[str, str]],
     bar: "tqdm[Any]",
+    calls: int = 1,
 ) -> dict[str, Any]:
     """Time every arm in every round, in random order.
 
     Args:
-        arms: What to time, by name; each call does the work once.
+        arms: What to time, by name.
         args: The options of ``add_options``.
-        over: The arm that the others are divided by, round by round.
-        bar: Advanced by one per call.
+        pairs: Arms of which the first is divided by the second, round by round, if both are there.
+        bar: Advanced by one per step of an arm.
+        calls: How often a step of an arm does the work.
 
     Returns:
-        Spreads of ``latency_ms`` per arm, and of ``ratio_to_<over>`` per other arm.
+        Spreads of ``latency_ms`` per arm, for doing the work once, and of ``ratio`` per pair.
     """
     timing = time_interleaved(
         arms,  # pyright: ignore[reportArgumentType]  # asks for Step, and only calls it
-        rounds=Rounds.exactly(args.repeats, baseline=over, warmup=args.warmup),
+        rounds=Rounds.exactly(args.repeats, baseline="", warmup=args.warmup),
         device=torch.device(args.device),
         tick=bar.update,
     )
     if timing.failures:
         sys.exit(f"error: {timing.failures}")
-    samples = timing.samples_ms
+    samples = {name: [ms / calls for ms in own] for name, own in timing.samples_ms.items()}
     return {
         "latency_ms": {name: asdict(Spread.of(own)) for name, own in samples.items()},
-        f"ratio_to_{over}": {
-            name: asdict(Spread.of([a / b for a, b in zip(own, samples[over], strict=True)]))
-            for name, own in samples.items()
-            if name != over
+        "ratio": {
+            f"{one}/{other}": asdict(Spread.of([*map(truediv, samples[one], samples[other])]))
+            for one, other in pairs
+            if one in samples and other in samples
         },
     }
 
@@ -132,10 +213,15 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that is either there as a whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(content, indent=1) + "\n")
+        draft.write_bytes(content)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

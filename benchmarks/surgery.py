@@ -61,7 +61,7 @@ def forwards(name: str, args: argparse.Namespace, bar: "tqdm[Any]") -> dict[str,
     if not torch.equal(run("plain"), run("binding")):
         raise ValueError(f"the binding changes the output of {name}: not timed")
     arms = {which: (lambda which=which: run(which)) for which in models}
-    return {"model": name, **time_arms(arms, args, "plain", bar)}
+    return {"model": name, **time_arms(arms, args, [("binding", "plain")], bar)}
 
 
 def life_cycle(repeats: int) -> dict[str, list[float]]:
@@ -121,7 +121,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians, with interquartile ranges in brackets."""
     cells = [["model", "", "plain ms", "binding ms", "binding/plain"]]
     for row in rows:
-        spreads = [*row["latency_ms"].values(), *row["ratio_to_plain"].values()]
+        spreads = [*row["latency_ms"].values(), *row["ratio"].values()]
         cells.append([row["model"], "", *(f"{s['median']:.3f} ({s['iqr']:.3f})" for s in spreads)])
     return format_table(cells)
 

@@ -22,7 +22,7 @@ def test_it_writes_what_it_prints(surgery, tmp_path, capsys):
     (row,) = kept["rows"]
     assert row["model"] == MODEL
     assert set(row["latency_ms"]) == {"plain", "binding"}
-    assert f"{row['ratio_to_plain']['binding']['median']:.3f}" in capsys.readouterr().out
+    assert f"{row['ratio']['binding/plain']['median']:.3f}" in capsys.readouterr().out
     assert set(kept["seconds"]) == {"plan", "insert_", "remove_"}
 
 

@@ -21,7 +21,7 @@ from tokenconv.blocks.gated import Gate
 from tokenconv.costs import meta_copy, run_meta
 from tokenconv.errors import MeasurementError, SurgeryError
 from tokenconv.layers import DWConv
-from tokenconv.ops.depthwise_conv import Activation, Impl, depthwise_conv
+from tokenconv.ops.depthwise_conv import ACTIVATE, Activation, Impl, depthwise_conv
 from tokenconv.surgery.fragments import MergedConv
 from tokenconv.surgery.sites import has_values, image_size
 
@@ -403,7 +403,7 @@ def activation_of(module: nn.Module) -> Activation | None:
     except Exception:  # whatever a module of somebody's raises on what it was not made for
         return None
     for activation in Activation:
-        wanted = activation(numbers)
+        wanted = ACTIVATE[activation](numbers)
         if all(
             isinstance(out, Tensor)
             and out.shape == numbers.shape

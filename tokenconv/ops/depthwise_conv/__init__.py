@@ -1,6 +1,6 @@
 """Depthwise convolution over the token grid: ``api`` checks and chooses, one file per way."""
 
 from tokenconv.ops.depthwise_conv.api import Impl, depthwise_conv
-from tokenconv.ops.depthwise_conv.epilogue import Activation, PrefixTokens
+from tokenconv.ops.depthwise_conv.epilogue import ACTIVATE, Activation, PrefixTokens
 
-__all__ = ["Activation", "Impl", "PrefixTokens", "depthwise_conv"]
+__all__ = ["ACTIVATE", "Activation", "Impl", "PrefixTokens", "depthwise_conv"]

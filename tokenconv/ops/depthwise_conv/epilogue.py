@@ -30,17 +30,14 @@ class Activation(StrEnum):
         except ValueError:
             raise UnknownNameError("activation", str(name), list(cls)) from None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Activate, with torch's own function."""
-        return _FUNCTIONS[self](x)
 
-
-_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU: F.gelu,
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
     Activation.SILU: F.silu,
     Activation.RELU: F.relu,
 }
+"""With torch's own functions."""
 
 
 class PrefixTokens(StrEnum):
@@ -80,7 +77,7 @@ def finish(
         gate: ``(B, N, C)``, to be multiplied with, or None.
         prefix_tokens: What the first P tokens take.
     """
-    out = convolved if activation is None else activation(convolved)
+    out = convolved if activation is None else ACTIVATE[activation](convolved)
     out = out if gate is None else out * gate
     if prefix_tokens == PrefixTokens.ACT or not num_prefix_tokens:
         return out

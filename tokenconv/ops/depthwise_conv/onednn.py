@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenconv.grid import TokenGrid
-from tokenconv.ops.depthwise_conv.epilogue import Activation, PrefixTokens, finish
+from tokenconv.ops.depthwise_conv.epilogue import ACTIVATE, Activation, PrefixTokens, finish
 
 _ATTRIBUTES: dict[Activation | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -93,7 +93,7 @@ def depthwise_conv_onednn(
     if num_prefix_tokens:
         prefix = x[:, :num_prefix_tokens]
         if activation is not None and prefix_tokens == PrefixTokens.ACT:
-            prefix = activation(prefix)
+            prefix = ACTIVATE[activation](prefix)
         tokens = torch.cat([prefix, tokens], dim=1)
     return finish(tokens, x, num_prefix_tokens, None, gate, prefix_tokens)
 
