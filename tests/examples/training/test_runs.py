@@ -445,7 +445,7 @@ def test_what_cannot_be_done_is_told(train, words, told, tmp_path, monkeypatch):
 
 def test_a_script_says_it_in_one_line(start, tiny):
     process = start("train_classification.py", *tiny, "--insert", "mix_fnn")
-    printed, told = process.communicate(timeout=60)
+    printed, told = process.communicate(timeout=240)
     assert process.returncode == 1
     line = told.strip().splitlines()[-1]
     assert line.startswith("train_classification.py: error: ")

@@ -118,7 +118,9 @@ def depthwise_conv(
         return finish(out, x, grid.num_prefix_tokens, activation, gate, prefix_tokens)
     if impl is not None and (refusal := _refusal(Impl.of(impl), x, weight, grid, dilation)):
         raise ValueError(f"impl={str(impl)!r} is refused: {refusal}; or leave impl out")
-    chosen = _choose(x, weight, grid) if impl is None or x.is_meta else Impl.of(impl)
+    chosen = _choose(x, weight, grid) if impl is None else Impl.of(impl)
+    if x.is_meta and chosen in _FUSED:  # nothing is computed there
+        chosen = Impl.CONV2D
     if isinstance(grid, SparseGrid):
         out = _SPARSE[chosen](x, weight, bias, grid, dilation, residual)
     elif chosen == Impl.TRITON:
@@ -168,11 +170,9 @@ def _refusal(
     if impl not in takes:
         names = " or ".join(repr(str(one)) for one in takes)
         return f"it takes no {type(grid).__name__}; take {names}"
-    if x.is_meta:  # nothing is computed there
-        return None
-    if impl == Impl.ONEDNN:
+    if impl == Impl.ONEDNN and not x.is_meta:
         return onednn.refusal(x, weight)
-    if impl == Impl.TRITON:
+    if impl == Impl.TRITON and not x.is_meta:
         return triton.refusal(x, weight, dilation)
     return None
 
