@@ -1,5 +1,6 @@
 """What the README says is run, not trusted."""
 
+import json
 import re
 import shlex
 import shutil
@@ -112,3 +113,12 @@ def test_demo_in_a_fresh_clone(tmp_path):
             assert str(Path("tokenconv-report") / model / "report.md") in run.stdout
         assert "tensorboard --logdir" in run.stdout
     assert "setting up" not in run.stdout
+
+
+def test_the_accuracy_table_is_that_of_the_runs():
+    results = ROOT / "benchmarks" / "results" / "0.1.0"
+    table = (results / "accuracy--2-core-avx512--cpu.md").read_text().strip()
+    assert table in README
+    runs = json.loads((results / "accuracy--2-core-avx512--cpu.json").read_text())
+    assert len(runs["runs"]) == 480
+    assert len([row for row in runs["summary"] if row["difference"]]) == 78
