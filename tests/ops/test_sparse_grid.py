@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import tokenconv as tc
+from tokenconv.ops.depthwise_conv import gather
 
 SIZES = {"one size": [(5, 7), (5, 7)], "several sizes": [(3, 9), (6, 4), (1, 5)]}
 
@@ -194,3 +195,21 @@ def test_bad_input(call, error, message):
     grid, (x, weight, _) = make([(4, 4)] * 2, 9, 1, 3)
     with pytest.raises(error, match=message):
         call(x, weight, grid)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_torch_that_compiles_it_wrongly_is_refused(monkeypatch):
+    """Torch 2.11 gives other gradients, and says nothing."""
+    monkeypatch.setattr(gather, "_COMPILES", False)
+    layer, x = tc.DWConv(3), torch.randn(1, 2, 3)
+    sparse = tc.SparseGrid(torch.tensor([[[0, 0], [1, 2]]]))
+
+    def call(x):
+        return layer(x, sparse)
+
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="GridError"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    broken = torch.compile(call, backend="aot_eager")
+    ours, theirs = (torch.autograd.grad(one(x).sum(), layer.weight)[0] for one in (broken, call))
+    torch.testing.assert_close(ours, theirs)

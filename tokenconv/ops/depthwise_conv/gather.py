@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenconv.errors import GridError
 from tokenconv.grid import SparseGrid
 
 _SIDE = 1 << 20  # of the square, or cube, in which a position has a number
 _NOWHERE = -(1 << 62)
+_COMPILES = torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]  # TorchVersion
+"""Whether compiled gradients are right: those of torch 2.11 are silently wrong, 2.14's are not."""
 
 
 def depthwise_conv_gather(
@@ -21,6 +24,12 @@ def depthwise_conv_gather(
     residual: bool,
 ) -> Tensor:
     """See ``api.depthwise_conv``."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _COMPILES:
+        # Breaks the graph, so that this runs eagerly; an error where the graph must be whole.
+        raise GridError(
+            f"torch {torch.__version__} gives wrong gradients when it compiles convolutions where "
+            f"tokens are missing: expected torch 2.14 or newer, no_grad(), or no fullgraph=True"
+        )
     num_prefix_tokens = grid.num_prefix_tokens
     tokens = x[:, num_prefix_tokens:]
     numbers = _numbers(grid.coords)
