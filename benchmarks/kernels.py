@@ -582,6 +582,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--activation", choices=tuple(ACTIVATIONS), default="gelu")
     parser.add_argument("--kernel-size", type=int, default=3)
     args = parser.parse_args(words)
+    if args.device == "cpu" and (own := [a for a in args.arms or () if a.startswith("triton")]):
+        parser.error(f"{', '.join(own)}: Triton makes no code for CPUs; take --device cuda")
     args.shapes = args.shapes or CASES[args.device]
     args.arms = args.arms or [
         name for name in (*COMPARED, *LIMITS)
