@@ -11,11 +11,12 @@ from PIL import Image
 
 from tokenconv.profiling.measurement import MIB, Spread
 from tokenconv.profiling.report import write_report
-from tokenconv.profiling.report.charts import Chart, comparison_charts, sweep_charts
-from tokenconv.profiling.report.charts.palette import COLORS
-from tokenconv.profiling.report.figure import write_figures
+from tokenconv.profiling.report.charts import comparison_charts, sweep_charts
 from tokenconv.profiling.report.roofline import roofline_points
 from tokenconv.profiling.results import Comparison, Point
+from tokenconv.reports.chart import Chart
+from tokenconv.reports.figure import write_figures
+from tokenconv.reports.palette import COLORS
 
 ARMS = ("attention_only", "original", "mix_ffn")
 MakeUp = Callable[..., Comparison]

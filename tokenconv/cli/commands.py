@@ -17,6 +17,7 @@ from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.cli.sweeps import run_sweep
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling import (
+    COMPARISON_FILES,
     Comparison,
     Rule,
     changes,
@@ -24,11 +25,11 @@ from tokenconv.profiling import (
     compare,
     other_conditions,
     read_comparison,
-    report_folder,
     steady_allocator,
     write_comparison,
     write_views,
 )
+from tokenconv.reports import report_folder
 from tokenconv.surgery import plan
 from tokenconv.surgery.support import format_matrix
 
@@ -103,7 +104,7 @@ def measure(args: argparse.Namespace) -> Comparison:
     """
     device, dtype = _device(args.device), getattr(torch, args.dtype)
     allocator = steady_allocator()
-    with report_folder(args.out) as folder:
+    with report_folder(args.out, instead_of=COMPARISON_FILES) as folder:
         model = build_model(args.model, image_size(args.img_size), pretrained=args.pretrained)
         images = load_images(model, args.images, args.batch_size)
         built = build_arms(

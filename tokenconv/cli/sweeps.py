@@ -20,9 +20,9 @@ from tokenconv.profiling import (
     Point,
     machine,
     read_comparison,
-    report_folder,
     write_sweep,
 )
+from tokenconv.reports import report_folder
 
 
 def run_sweep(

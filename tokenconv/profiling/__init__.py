@@ -4,8 +4,8 @@ from tokenconv.profiling.comparison import compare
 from tokenconv.profiling.gate import Rule, changes, other_conditions
 from tokenconv.profiling.measurement import Spread, steady_allocator
 from tokenconv.profiling.report import (
+    COMPARISON_FILES,
     changes_table,
-    report_folder,
     write_report,
     write_sweep,
     write_views,
@@ -24,6 +24,7 @@ from tokenconv.profiling.results import (
 )
 
 __all__ = [
+    "COMPARISON_FILES",
     "Arm",
     "Comparison",
     "Measured",
@@ -38,7 +39,6 @@ __all__ = [
     "operator_changes",
     "other_conditions",
     "read_comparison",
-    "report_folder",
     "schema",
     "steady_allocator",
     "write_comparison",

@@ -1,31 +1,30 @@
 """``report.html``: one file that opens anywhere, without a network."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from tokenconv.profiling.report import findings, tables
-from tokenconv.profiling.report.charts import Chart, comparison_charts, sweep_charts
+from tokenconv.profiling.report.charts import comparison_charts, sweep_charts
 from tokenconv.profiling.report.environment import environment, shared_environment
-from tokenconv.profiling.report.figure import inline_svg
 from tokenconv.profiling.report.glossary import GLOSSARY
 from tokenconv.profiling.report.sweep import points_table
 from tokenconv.profiling.results import Comparison, Point
+from tokenconv.reports.html import html_page
 
+_PACKAGE = "tokenconv.profiling.report"
 _MOST_CHANGES, _MOST_SAVED = 6, 12
+_NOTHING = "There is nothing to compare with the baseline."
 
 
 def to_html(comparison: Comparison) -> str:
     """The whole report of a comparison as a page."""
-    return _render(
+    return html_page(
+        _PACKAGE,
         "report.html.jinja",
         title=findings.title(comparison.about, [arm.name for arm in comparison.arms]),
         summary=findings.summary(comparison),
         introduction=findings.introduction(comparison),
         arms=findings.arms(comparison),
-        findings=findings.findings(comparison),
+        findings=findings.findings(comparison) or [_NOTHING],
         failures=findings.failures(comparison),
         warnings=comparison.warnings,
         figures=tables.figures(comparison),
@@ -43,6 +42,7 @@ def to_html(comparison: Comparison) -> str:
         no_changes=tables.no_changes(comparison),
         convolutions=tables.convolutions(comparison),
         facts=environment(comparison),
+        glossary=GLOSSARY,
     )
 
 
@@ -54,12 +54,13 @@ def sweep_to_html(points: Sequence[Point], about: Mapping[str, str]) -> str:
         about: What no point knows itself, such as ``model`` and ``command``.
     """
     measured = findings.measured_points(points)
-    return _render(
+    return html_page(
+        _PACKAGE,
         "sweep.html.jinja",
         title=findings.title(about, findings.sweep_arms(points)),
         summary="",  # the findings are few
         introduction=findings.sweep_introduction(points),
-        findings=findings.sweep_findings(points),
+        findings=findings.sweep_findings(points) or [_NOTHING],
         failures=findings.sweep_failures(points),
         warnings=findings.sweep_warnings(points),
         points=points_table(points),
@@ -68,21 +69,5 @@ def sweep_to_html(points: Sequence[Point], about: Mapping[str, str]) -> str:
             for mode in findings.sweep_modes(points)
         },
         facts=shared_environment(measured[0][1], about) if measured else about,
+        glossary=GLOSSARY,
     )
-
-
-def _render(template: str, *, charts: Mapping[str, Sequence[Chart]], **content: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("tokenconv.profiling.report", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pictures = {
-        heading: [
-            (chart, Markup(inline_svg(chart, f"chart-{i}{j}-"))) for j, chart in enumerate(group)
-        ]
-        for i, (heading, group) in enumerate(charts.items())
-    }
-    return environment.get_template(template).render(charts=pictures, glossary=GLOSSARY, **content)

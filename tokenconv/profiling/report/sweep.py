@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 from tokenconv.profiling.measurement import MIB, Mode
-from tokenconv.profiling.report.table import NOTHING, Cell, Table, number, words
 from tokenconv.profiling.results import Arm, Comparison, Point, short
+from tokenconv.reports.table import NOTHING, Cell, Table, number, words
 
 _HEADER = (
     "mode", "arm", "latency ms", "vs baseline", "99% interval", "verdict", "images/s", "peak MiB",

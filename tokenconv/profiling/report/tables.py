@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from tokenconv.profiling.measurement import MIB, Mode
-from tokenconv.profiling.report.table import NOTHING, Cell, Table, number, words
 from tokenconv.profiling.results import (
     Arm,
     Comparison,
@@ -13,6 +12,7 @@ from tokenconv.profiling.results import (
     operator_changes,
     table,
 )
+from tokenconv.reports.table import NOTHING, Cell, Table, number, words
 
 _FIGURES = (
     "A row per mode and arm. Latency is of one batch. Ratios are to the baseline: below 1 is "

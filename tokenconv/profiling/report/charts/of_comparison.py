@@ -6,13 +6,13 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from tokenconv.profiling.measurement import MIB, Mode
-from tokenconv.profiling.report.charts.chart import INK, Chart
-from tokenconv.profiling.report.charts.ladder import BAR, GAP, LINE, Ladder, legend_height
-from tokenconv.profiling.report.charts.palette import BASELINE, COLORS, fills
 from tokenconv.profiling.report.charts.roofline import roofline
 from tokenconv.profiling.report.findings import counted
 from tokenconv.profiling.report.tables import PHASES, categories, phase_share
 from tokenconv.profiling.results import Arm, Comparison, Measured, Memory, short
+from tokenconv.reports.chart import INK, Chart
+from tokenconv.reports.ladder import BAR, GAP, LINE, Ladder, legend_height
+from tokenconv.reports.palette import BASELINE, COLORS, fills
 
 _MEMORY: dict[str, Callable[[Memory], int]] = {
     "parameters": lambda memory: memory.parameters,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.report.charts.chart import INK, Chart
-from tokenconv.profiling.report.charts.ladder import elided
-from tokenconv.profiling.report.charts.palette import COLORS, MARKERS
-from tokenconv.profiling.report.charts.scaled import finish, scaled
 from tokenconv.profiling.report.findings import measured_points
 from tokenconv.profiling.report.sweep import setting_value
 from tokenconv.profiling.results import Measured, Point
+from tokenconv.reports.chart import INK, Chart
+from tokenconv.reports.ladder import elided
+from tokenconv.reports.palette import COLORS, MARKERS
+from tokenconv.reports.scaled import finish, scaled
 
 _STYLES = ("-", "--", "-.")
 _MOST_LINES = 8

@@ -4,12 +4,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from tokenconv.profiling.measurement import Mode
-from tokenconv.profiling.report.charts.chart import INK, Chart
-from tokenconv.profiling.report.charts.ladder import elided
-from tokenconv.profiling.report.charts.palette import COLORS, MARKERS
-from tokenconv.profiling.report.charts.scaled import finish, scaled
 from tokenconv.profiling.report.roofline import roofline_points
 from tokenconv.profiling.results import Comparison
+from tokenconv.reports.chart import INK, Chart
+from tokenconv.reports.ladder import elided
+from tokenconv.reports.palette import COLORS, MARKERS
+from tokenconv.reports.scaled import finish, scaled
 
 
 def roofline(comparison: Comparison, mode: Mode) -> Chart | None:

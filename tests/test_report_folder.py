@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tokenconv import MeasurementError
-from tokenconv.profiling.report import report_folder
+from tokenconv.profiling import COMPARISON_FILES
 from tokenconv.profiling.results import Comparison
+from tokenconv.reports import report_folder
 
 MakeUp = Callable[..., Comparison]
 
@@ -52,7 +53,7 @@ def old_report(tmp_path: Path) -> Path:
 
 def test_an_old_report_is_replaced_and_foreign_files_stay(tmp_path: Path):
     out = old_report(tmp_path)
-    with report_folder(out) as staging:
+    with report_folder(out, instead_of=COMPARISON_FILES) as staging:
         fill(staging)
         assert (out / "compare.json").read_text() == "old"
     assert snapshot(tmp_path) == {
@@ -69,7 +70,7 @@ def test_an_old_report_is_replaced_and_foreign_files_stay(tmp_path: Path):
 def test_traces_of_an_earlier_run_go_with_its_report(tmp_path: Path):
     """A report without traces must not stand beside traces of other figures."""
     out = old_report(tmp_path)
-    with report_folder(out) as staging:
+    with report_folder(out, instead_of=COMPARISON_FILES) as staging:
         (staging / "compare.json").write_text("new")
     assert not list(out.rglob("*.gz"))
     assert (out / "traces" / "mix_ffn" / "notes.txt").read_text() == "mine"

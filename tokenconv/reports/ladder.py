@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
-from tokenconv.profiling.report.charts.chart import WIDTH
+from tokenconv.reports.chart import WIDTH
 
 LINE, BAR, GAP = 15.0, 15.0, 11.0  # points
 _LONGEST_NAME = 24

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tokenconv.profiling.report.charts import Chart
-from tokenconv.profiling.report.charts.chart import INK, WIDTH
+from tokenconv.reports.chart import INK, WIDTH, Chart
 
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,

@@ -1,0 +1,1 @@
+"""What a model's kernels are, from its weights; nothing is timed."""
