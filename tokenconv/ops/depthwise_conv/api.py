@@ -3,12 +3,10 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
-from tokenconv.errors import UnknownNameError
+from tokenconv.choice import Choice
 from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, TokenGrid, grid_of
 from tokenconv.ops.depthwise_conv import onednn, triton
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
@@ -18,7 +16,7 @@ from tokenconv.ops.depthwise_conv.naive import depthwise_conv_naive
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference
 
 
-class Impl(StrEnum):
+class Impl(Choice):
     """How to compute a depthwise convolution; a request is honoured or refused, never swapped."""
 
     REFERENCE = "reference"
@@ -33,14 +31,6 @@ class Impl(StrEnum):
     """oneDNN's convolution with the activation in it, on packed kernels: inference on CPUs."""
     TRITON = "triton"
     """A kernel of ours for GPUs: convolution, activation, gate and prefix tokens in one pass."""
-
-    @classmethod
-    def of(cls, name: "Impl | str") -> "Impl":
-        """The implementation of this name, or an error that lists the nearest ones."""
-        try:
-            return cls(name)
-        except ValueError:
-            raise UnknownNameError("impl", str(name), list(cls)) from None
 
 
 _FULL = {

@@ -4,16 +4,15 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels.
 """
 
 from collections.abc import Callable
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenconv.errors import UnknownNameError
+from tokenconv.choice import Choice
 
 
-class Activation(StrEnum):
+class Activation(Choice):
     """An activation that a convolution can have at its end; timm's names."""
 
     GELU = "gelu"
@@ -21,14 +20,6 @@ class Activation(StrEnum):
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
     RELU = "relu"
-
-    @classmethod
-    def of(cls, name: "Activation | str") -> "Activation":
-        """The activation of this name, or an error that lists the nearest ones."""
-        try:
-            return cls(name)
-        except ValueError:
-            raise UnknownNameError("activation", str(name), list(cls)) from None
 
 
 ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -40,7 +31,7 @@ ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
 """With torch's own functions."""
 
 
-class PrefixTokens(StrEnum):
+class PrefixTokens(Choice):
     """What happens to the tokens in front of the grid, which no convolution sees."""
 
     ACT = "act"
@@ -49,14 +40,6 @@ class PrefixTokens(StrEnum):
     """They stay as they are."""
     ZERO = "zero"
     """They become zero."""
-
-    @classmethod
-    def of(cls, name: "PrefixTokens | str") -> "PrefixTokens":
-        """The policy of this name, or an error that lists the others."""
-        try:
-            return cls(name)
-        except ValueError:
-            raise UnknownNameError("prefix_tokens", str(name), list(cls)) from None
 
 
 def finish(
