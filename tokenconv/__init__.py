@@ -16,6 +16,7 @@ from tokenconv.blocks import (
 )
 from tokenconv.costs import Cost, cost
 from tokenconv.errors import (
+    AnalysisError,
     CheckpointError,
     GridError,
     MeasurementError,
@@ -28,6 +29,8 @@ from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 
 if TYPE_CHECKING:
+    from tokenconv import analysis
+    from tokenconv.analysis import decompose_
     from tokenconv.profiling import Comparison, compare
     from tokenconv.surgery import (
         Plan,
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BLOCKS",
+    "AnalysisError",
     "BlockInfo",
     "CheckpointError",
     "Comparison",
@@ -67,10 +71,12 @@ __all__ = [
     "TokenGrid",
     "UnknownNameError",
     "accelerate_",
+    "analysis",
     "compare",
     "cost",
     "create_block",
     "decelerate_",
+    "decompose_",
     "depthwise_conv",
     "fold_",
     "freeze_grid_",
@@ -89,6 +95,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "decompose_": "tokenconv.analysis",
     "Comparison": "tokenconv.profiling",
     "compare": "tokenconv.profiling",
     "Plan": "tokenconv.surgery",
@@ -108,6 +115,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "analysis":
+        return import_module("tokenconv.analysis")
     if name not in _LATER:
         raise AttributeError(f"module 'tokenconv' has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)

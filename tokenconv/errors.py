@@ -24,6 +24,10 @@ class MeasurementError(TokenConvError, RuntimeError):
     """A comparison cannot be run or its results cannot be kept."""
 
 
+class AnalysisError(TokenConvError, ValueError):
+    """A kernel cannot be analysed or taken apart; the model is left as it was."""
+
+
 class UnknownNameError(TokenConvError, ValueError):
     """A name that is not in a list of valid names; the nearest ones are in the message."""
 

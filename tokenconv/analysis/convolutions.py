@@ -1,0 +1,100 @@
+"""Which convolutions of a model can be taken apart, and why others cannot."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenconv.errors import AnalysisError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Found:
+    """The convolutions of a model."""
+
+    dense: Mapping[str, nn.Conv2d]
+    """Those that mix channels and look at more than one position, by name."""
+    passed_over: Mapping[str, str]
+    """Why others are none of these, by name."""
+
+
+def find_dense(model: nn.Module, layers: str | Sequence[str] | None = None) -> Found:
+    """Dense convolutions of a model, grouped ones among them, in the order of its modules.
+
+    Args:
+        model: Any module; a convolution that is used under two names is found once.
+        layers: Only these, by a regular expression searched in their names, or by a list of names.
+
+    Raises:
+        AnalysisError: If a convolution is quantised or has a weight that is not finite, ``layers``
+            is no regular expression, or no convolution is left.
+        UnknownNameError: If there is no convolution of a name in ``layers``.
+    """
+    reasons = {
+        name: reason
+        for name, module in model.named_modules()
+        if (reason := _why_not(name, module)) is not None
+    }
+    dense: dict[str, nn.Conv2d] = {}
+    for name in _chosen(layers, [name for name, reason in reasons.items() if not reason]):
+        dense[name] = model.get_submodule(name)  # pyright: ignore[reportArgumentType]
+        check_finite(name, dense[name].weight)
+    return Found(dense, {name: reason for name, reason in reasons.items() if reason})
+
+
+def _chosen(layers: str | Sequence[str] | None, names: list[str]) -> list[str]:
+    if layers is None:
+        return names
+    if not isinstance(layers, str):
+        for name in layers:
+            if name not in names:
+                raise UnknownNameError("dense convolution", name, names)
+        return [name for name in names if name in layers]
+    try:
+        chosen = [name for name in names if re.search(layers, name)]
+    except re.error as error:
+        raise AnalysisError(f"{layers!r} is no regular expression: {error}") from error
+    if not chosen:
+        raise UnknownNameError("dense convolution", layers, names)
+    return chosen
+
+
+def _why_not(name: str, module: nn.Module) -> str | None:
+    """Empty for a dense convolution, a reason for another one, None for what is none."""
+    kind = type(module).__name__
+    if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized")) and hasattr(
+        module, "kernel_size"
+    ):
+        raise AnalysisError(f"{name} is a quantised {kind}; analyse the model before quantisation")
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return "transposed"
+    if isinstance(module, nn.Conv1d | nn.Conv3d):
+        return f"{kind}: only two dimensions are taken apart"
+    if not isinstance(module, nn.Conv2d):
+        return None
+    if not module.weight.is_floating_point():
+        raise AnalysisError(
+            f"{name} has a weight of {module.weight.dtype}; expected floating point"
+        )
+    if module.in_channels == module.groups:
+        return "depthwise already"
+    if module.kernel_size == (1, 1):
+        return "1x1: it looks at one position"
+    if type(module).forward is not nn.Conv2d.forward:
+        return f"{kind} computes its convolution in a way of its own"
+    return ""
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that no decomposition exists for.
+
+    Raises:
+        AnalysisError: If it holds NaN or infinity.
+    """
+    if weight.is_meta:
+        raise AnalysisError(f"{name} has no values: it is on the meta device; load weights first")
+    if not torch.isfinite(weight).all():
+        bad = (~torch.isfinite(weight)).sum().item()
+        raise AnalysisError(f"the weight of {name} holds {bad} values that are not finite")
