@@ -12,6 +12,7 @@ import torch
 
 from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.blocks.listing import to_json, to_markdown
+from tokenconv.cli.analysis import run_analyze
 from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.cli.sweeps import run_sweep
@@ -213,6 +214,7 @@ def _device(name: str) -> torch.device:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "analyze": run_analyze,
     "compare": run_compare,
     "list": run_list,
     "plan": run_plan,

@@ -51,6 +51,8 @@ def _make_parser() -> argparse.ArgumentParser:
     planning.add_argument("--json", action="store_true", help="print it as JSON")
     _add_block_options(planning)
 
+    _add_analyze(commands)
+
     comparing = commands.add_parser(
         "compare",
         help="measure a model with blocks against the same model without",
@@ -127,6 +129,34 @@ def _make_parser() -> argparse.ArgumentParser:
         "--images", type=Path, metavar="DIR", help="photographs; None takes scikit-learn's two"
     )
     return parser
+
+
+def _add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    analyzing = commands.add_parser(
+        "analyze",
+        help="say how separable a model's convolutions are, and what taking them apart would do",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    analyzing.add_argument("model", metavar="MODEL", help="name of a timm model")
+    weights = analyzing.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="load pretrained weights")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="load weights from a file")
+    analyzing.add_argument(
+        "--hybrid", type=Path, metavar="DIR", help="insert what tokenconv.save wrote, and compare"
+    )
+    analyzing.add_argument("--num-classes", type=_positive, help="of the weights")
+    analyzing.add_argument("--img-size", type=_positive, nargs="+", metavar="N", help="H, or H W")
+    analyzing.add_argument(
+        "--energy", type=_fraction, default=0.95, help="share of a kernel's energy to keep"
+    )
+    analyzing.add_argument("--layers", metavar="REGEX", help="only these dense convolutions")
+    analyzing.add_argument(
+        "--fields", action="store_true", help="also show how far it looks, which runs it on images"
+    )
+    analyzing.add_argument("--images", type=Path, metavar="DIR", help="photographs for --fields")
+    analyzing.add_argument("--batch-size", type=_positive, default=8, help="images for --fields")
+    analyzing.add_argument("--out", type=Path, default=Path("tokenconv-analysis"), metavar="DIR")
 
 
 def _add_block_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,163 @@
+"""What an analysis says of whole models, and the report of it."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenconv as tc
+from tokenconv.analysis import (
+    Fields,
+    Order,
+    analyze,
+    depthwise_kernels,
+    effective_receptive_field,
+    factorise,
+    moved,
+)
+from tokenconv.analysis.report import write_analysis
+from tokenconv.analysis.report.findings import findings, warnings
+
+PLANTED = "layer1.0.conv2"
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """One of its kernels is a blueprint, with a little noise; the others are random."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    conv = model.get_submodule(PLANTED)
+    with torch.no_grad():
+        noise = torch.randn_like(conv.weight)
+        conv.weight.copy_(factorise(conv.weight, 1, order="pw_dw").expand())
+        conv.weight += 0.05 * conv.weight.norm() / noise.norm() * noise
+    return model
+
+
+@pytest.fixture(scope="module")
+def found(resnet):
+    return analyze(resnet, (3, 64, 64))
+
+
+def test_the_layer_that_is_nearly_separable_is_found(found):
+    chosen = {name: option for name, option in found.recommended.items() if option}
+    assert list(chosen) == [PLANTED]
+    option = chosen[PLANTED]
+    assert (option.order, option.rank) == (Order.PW_DW, 1)
+    assert 0.03 < option.relative_error < 0.06
+    assert option.energy == pytest.approx(1 - option.relative_error**2)
+    text = str(found)
+    assert text.startswith(f"{len(found.layers)} dense convolutions, 1 worth taking apart at 95%")
+    assert f"{PLANTED}  pw_dw rank 1, error 0.0" in text
+    assert text.count("keep dense") == len(found.layers) - 1
+
+
+def test_what_is_said_is_what_decomposing_does(resnet, found):
+    model = timm.create_model("resnet10t", num_classes=5)
+    model.load_state_dict(resnet.state_dict())
+    for layer in found.layers[1:]:
+        for order in Order:
+            option = layer.option(order, 0.9)
+            before = tc.cost(model, (3, 64, 64))
+            done = tc.decompose_(model, rank=option.rank, order=order, layers=[layer.name])
+            after = tc.cost(model, (3, 64, 64), sites=[layer.name])
+            site = after.sites[layer.name]
+            assert (site.macs, site.params) == (option.macs, option.params)
+            assert after.macs == found.macs_with(
+                {name: option if name == layer.name else None for name in found.recommended}
+            )
+            assert before.macs == found.macs
+            error = done.layers[layer.name].relative_error
+            assert error == pytest.approx(option.relative_error, rel=1e-6)
+            done.undo_()
+
+
+def test_an_analysis_leaves_the_model_alone(resnet):
+    state = {key: value.clone() for key, value in resnet.state_dict().items()}
+    resnet.train()
+    analyze(resnet, (3, 64, 64))
+    assert resnet.training
+    assert all(torch.equal(value, state[key]) for key, value in resnet.state_dict().items())
+
+
+def test_the_report_says_it_in_words_and_in_numbers(resnet, found, tmp_path):
+    about = {"model": "resnet10t", "weights": "random", "command": "tokenconv analyze resnet10t"}
+    field = effective_receptive_field(nn.Conv2d(3, 2, 3, padding=1), torch.randn(1, 3, 9, 9))
+    fields = [Fields("attention_only", field, [torch.tensor([1.0, 2.0]), torch.tensor([3.0])])]
+    write_analysis(found, tmp_path, about, fields)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "analysis.json", "analysis.png", "analysis.svg", "report.html", "report.md",
+    }  # fmt: skip
+    kept = json.loads((tmp_path / "analysis.json").read_text())
+    layers = {layer["name"]: layer for layer in kept["layers"]}
+    assert layers[PLANTED]["recommended"]["order"] == "pw_dw"
+    assert layers[PLANTED]["recommended"]["macs"] == found.recommended[PLANTED].macs
+    assert kept["fields"][0]["radius_pixels"]["0.9"] == 1.5
+    assert kept["fields"][0]["attention_distance_tokens"] == [[1.0, 2.0], [3.0]]
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text().replace("&#39;", "'")
+        assert f"1 of {len(found.layers)} dense convolutions are nearly separable" in text
+        assert f"one pair keeps 95% of their energy ({PLANTED})" in text
+        assert "The weights are random" in text
+        assert "attention looks 1.50 tokens far in the first layer and 3.00 in the last" in text
+        assert "tokenconv analyze resnet10t" in text
+        assert "1x1: it looks at one position" in text
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == 5
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_a_model_without_dense_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    found = analyze(model, (3, 8, 8))
+    assert found.layers == []
+    assert findings(found, []) == ["There is no dense convolution."]
+    assert warnings(found, {"weights": "x"}) == []
+
+
+def test_bad_requests(resnet):
+    with pytest.raises(tc.AnalysisError, match=r"expected 0 < energy <= 1, got 1\.2"):
+        analyze(resnet, (3, 64, 64), energy=1.2)
+    with pytest.raises(tc.UnknownNameError, match="unknown dense convolution 'layer9'"):
+        analyze(resnet, (3, 64, 64), layers="layer9")
+    with pytest.raises(tc.MeasurementError, match="refuses an image of 4x64x64"):
+        analyze(resnet, (4, 64, 64))
+
+
+# --- depthwise kernels ---
+
+
+def test_inserted_kernels_begin_as_the_identity_and_are_seen_to_move():
+    model = timm.create_model("test_vit", num_classes=3)
+    tc.insert_(model, "mix_ffn")
+    kernels = depthwise_kernels(model)
+    assert [each.name for each in kernels] == [
+        f"blocks.{i}.mlp.act.before" for i in range(len(kernels))
+    ]
+    assert all(each.has_residual for each in kernels)
+    assert all(each.distance.eq(0).all() and each.off_centre.eq(0).all() for each in kernels)
+    found = analyze(model, (3, 160, 160))
+    assert "All 6 inserted depthwise convolutions are still the identity." in findings(found, [])
+    before = timm.create_model("test_vit", num_classes=3)
+    tc.insert_(before, "mix_ffn")
+    model.blocks[2].mlp.act.before.weight.data[5, 0, 0, 1] = -3.0
+    moved_one = depthwise_kernels(model)[2]
+    assert moved_one.distance[5] == 3
+    assert moved_one.off_centre[5] == pytest.approx(9 / 10)
+    assert moved_one.distance.count_nonzero() == 1
+    distances = moved(before, model)
+    assert distances["blocks.2.mlp.act.before"][5] == 3
+    assert sum(each.count_nonzero() for each in distances.values()) == 1
+    (line,) = [
+        line for line in findings(analyze(model, (3, 160, 160)), []) if "moved furthest" in line
+    ]
+    assert "blocks.2.mlp.act.before has moved furthest" in line
+
+
+def test_kernels_of_the_models_own_convolutions_have_no_residual():
+    kernels = depthwise_kernels(timm.create_model("pvt_v2_b0"))
+    assert len(kernels) == 8
+    assert not any(each.has_residual for each in kernels)
+    assert depthwise_kernels(nn.Conv1d(4, 4, 3, groups=4)) == []
