@@ -4,6 +4,7 @@ import argparse
 import copy
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from timm.data import resolve_model_data_config
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tokenconv.analysis import Fields, analyze, attention_distance, effective_receptive_field
 from tokenconv.analysis.report import ANALYSIS_FILES, write_analysis
 from tokenconv.cli.inputs import build_model, image_size, load_images
-from tokenconv.errors import AnalysisError
+from tokenconv.errors import AnalysisError, CheckpointError
 from tokenconv.grid import TokenGrid
 from tokenconv.reports import report_folder
 from tokenconv.surgery import load_
@@ -29,7 +30,7 @@ def run_analyze(args: argparse.Namespace) -> None:
         weights = "pretrained" if args.pretrained else "random"
         if args.checkpoint:
             weights = str(args.checkpoint)
-            load_checkpoint(model, str(args.checkpoint))
+            _load(model, args.checkpoint)
         models = {"attention_only" if args.hybrid else args.model: model}
         if args.hybrid:
             weights = f"{weights} and {args.hybrid}"
@@ -47,6 +48,12 @@ def run_analyze(args: argparse.Namespace) -> None:
         }  # fmt: skip
         write_analysis(found, folder, about, fields)
     print(f"\nreport: {args.out / 'report.html'}, {args.out / 'report.md'}")
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise CheckpointError(f"--checkpoint {checkpoint} is no file")
+    load_checkpoint(model, str(checkpoint))
 
 
 class _LastMap(nn.Module):
