@@ -106,6 +106,7 @@ def test_the_report_says_it_in_words_and_in_numbers(resnet, found, tmp_path):
         assert "1x1: it looks at one position" in text
     html = (tmp_path / "report.html").read_text()
     assert html.count("<svg") == 5
+    assert html.count('href="data:image/png;base64,') == 3  # two heat maps and a field
     assert "http://" not in html.replace("http://www.w3.org", "")
 
 

@@ -97,6 +97,8 @@ def _inlined(key: str, value: str, prefix: str) -> str:
     if key == "id":
         return prefix + value
     if key.endswith("href"):
+        if value.startswith("data:"):  # a picture, which is in it
+            return value
         return f"#{prefix}{value.removeprefix('#')}"
     return value.replace("url(#", f"url(#{prefix}").replace(INK, "currentColor")
 

@@ -52,7 +52,7 @@ def write_analysis(
         failures=[],
         warnings=warnings(analysis, about),
         charts=charts,
-        tables=[table for table in tables.values() if table.rows],
+        tables=tables,
         facts=about,
         glossary=GLOSSARY,
     )
