@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import tokenconv as tc
 from tokenconv.cli import main
 from tokenconv.profiling import read_comparison
 from tokenconv.profiling.report.markdown import to_markdown
@@ -46,7 +49,7 @@ def test_insertion_takes_ten_lines():
 
 
 def test_readme_has_commands():
-    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare"}
+    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare", "analyze"}
     assert {"make demo", "make test"} <= set(SHELL)
 
 
@@ -61,15 +64,23 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command)[1:]
     if words[0] == "compare":
         words += ["--repeats", "2", "--batch-size", "1", "--mode", "infer"]
+    if words[0] == "analyze":
+        words = [word for word in words if word != "--pretrained"]  # nothing is downloaded
+    if "--hybrid" in words:
+        torch.manual_seed(0)  # as the command does
+        hybrid = tc.insert_(timm.create_model(words[1]), "mix_ffn")
+        tc.save(hybrid, words[words.index("--hybrid") + 1])
     assert main(words) == 0
     assert capsys.readouterr().out
-    made = {path.name for path in tmp_path.glob("tokenconv-report/[!.]*")}
+    made = {path.name for path in tmp_path.glob("tokenconv-[ra]*/[!.]*")}
     reports = {"report.html", "report.md"}
     if "--sweep" in words:
         assert made == {*reports, "sweep.png", "sweep.svg", "points"}
     elif words[0] == "compare":
         traces = {"traces"} if "--trace" in words else set()
         assert made == {*reports, "compare.json", "compare.png", "compare.svg", *traces}
+    elif words[0] == "analyze":
+        assert made == {*reports, "analysis.json", "analysis.png", "analysis.svg"}
     else:
         assert made == set()
 
