@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +67,16 @@ def _kind_of_convolution(weight: Tensor, groups: int) -> Category:
         return Category.DEPTHWISE
     is_pointwise = groups == 1 and math.prod(weight.shape[2:]) == 1
     return Category.POINTWISE if is_pointwise else Category.CONVOLUTION
+
+
+def _as_on_devices(packet: Any, args: Sequence[Any], out: Any) -> Any:
+    """What an operator returns where something is computed, if the meta device has it otherwise."""
+    if packet is _aten.convolution:  # keeps the layout there, so that what follows need not copy
+        layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}
+        return out.contiguous(memory_format=layouts.pop()) if layouts else out
+    if packet is _aten.native_batch_norm and not args[5]:  # has no statistics of its own then
+        return out[0], out[1].new_empty(0), out[2].new_empty(0)
+    return out
 
 
 @dataclass
@@ -159,7 +170,7 @@ class Meter(TorchDispatchMode):
         self._count(Category.ATTENTION, sum(macs), backward, given, [out])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _as_on_devices(func.overloadpacket, args, func(*args, **(kwargs or {})))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         packet = func.overloadpacket
