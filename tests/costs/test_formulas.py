@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tokenconv as tc
-from tokenconv.costs import formulas
+from tokenconv.costs import Price
 from tokenconv.costs.formulas import (
     blueprint_s,
     blueprint_u,
@@ -35,21 +35,21 @@ SETTINGS = list(
 
 def counted(dim, out_dim, side, size, stride, groups):
     """Multiply-accumulates of a forward pass and of both gradients, one by one."""
-    reach = side // 2
+    reach, wide, narrow = side // 2, out_dim // groups, dim // groups
     rows, cols = (range(-reach, length - side + reach + 1, stride) for length in size)
-    forward = by_input = by_weight = 0
-    for r, c, o in itertools.product(rows, cols, range(out_dim)):  # y[r, c, o] is summed up
-        own = range(dim // groups * (o // (out_dim // groups)), dim)[: dim // groups]
-        forward += len([(i, j, k) for i in own for j in range(side) for k in range(side)])
+    taps = [*itertools.product(range(side), range(side))]
+    places = itertools.product(rows, cols, range(out_dim))
+    forward = sum(i // narrow == o // wide for _, _, o in places for i in range(dim) for _ in taps)
+    # the gradient of x[r, c, i], padding included, is summed up from where it was a factor
     pads = [range(-reach, length + reach) for length in size]
-    for r, c, i in itertools.product(*pads, range(dim)):  # so is the gradient of x[r, c, i]
-        seeing = [o for o in range(out_dim) if o // (out_dim // groups) == i // (dim // groups)]
-        for j, k in itertools.product(range(side), range(side)):
-            by_input += len(seeing) * (r - j in rows and c - k in cols)
-    for _o, _i, _j, _k in itertools.product(
-        range(out_dim), range(dim // groups), range(side), range(side)
-    ):  # and that of each weight
-        by_weight += len(rows) * len(cols)
+    by_input = sum(
+        r - j in rows and c - k in cols and i // narrow == o // wide
+        for r, c, i in itertools.product(*pads, range(dim))
+        for j, k in taps
+        for o in range(out_dim)
+    )
+    weights = itertools.product(range(out_dim), range(narrow), taps)
+    by_weight = sum(1 for _ in weights for _ in itertools.product(rows, cols))
     return forward, by_input + by_weight
 
 
@@ -206,7 +206,7 @@ def test_the_ratio_of_the_textbooks():
 def test_a_saving_above_ten_takes_seventeen_channels_at_five_and_cannot_be_had_at_three():
     assert smallest_out_dim(10, 5) == 17
     with pytest.raises(
-        ValueError, match="between 0 and 9, which a 3x3 kernel stays below .*got 10"
+        ValueError, match=r"between 0 and 9, which a 3x3 kernel stays below .*got 10"
     ):
         smallest_out_dim(10, 3)
     with pytest.raises(ValueError, match="between 0 and 9"):
@@ -229,8 +229,8 @@ def linear(dim, out_dim, bias=True):
     return standard(dim, out_dim, 1, (1, 1), bias=bias)
 
 
-def norm(dim, affine=True):
-    return formulas._norm(dim, (1, 1)) if affine else total([])
+def norm(dim):
+    return Price(params=2 * dim, macs=0, backward_macs=0, bytes=0)
 
 
 MOBILENET = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2),
@@ -271,9 +271,16 @@ def test_mobilenetv1_on_cifar_100_has_its_published_parameters(make, params):
     assert mobilenet(make, 100, (32, 32), CIFAR, 1).params + data_norm == params
 
 
+def normed_blueprint_s(dim, out_dim, side, size, stride=1):
+    """With norms behind both 1x1 convolutions, as in the authors' networks."""
+    mid = min(dim, max(4, -(-dim // 4)))
+    found = blueprint_s(dim, out_dim, side, size, stride=stride)
+    return total([found, norm(mid), norm(out_dim)])
+
+
 def resnet(count, make):
     """ResNet on CIFAR-100 of any 3x3 convolution; 1x1 ones where size or width change."""
-    parts = [standard(3, 16, 3, (32, 32)), norm(16)]
+    parts = [make(3, 16, 3, (32, 32)), norm(16)]
     dim, size = 16, (32, 32)
     for width, first in ((16, 1), (32, 2), (64, 2)):
         for stride in (first, *[1] * (count - 1)):
@@ -283,6 +290,15 @@ def resnet(count, make):
             dim, size = width, out_size(size, stride)
             parts += [make(dim, width, 3, size), norm(width)]
     return total([*parts, linear(64, 100)])
+
+
+@pytest.mark.parametrize(
+    ("make", "params"),
+    [(standard, 278_330), (blueprint_u, 46_570), (normed_blueprint_s, 33_105)],
+    ids=["standard", "BSConv-U", "BSConv-S"],
+)
+def test_resnet_20_on_cifar_100_has_its_published_parameters(make, params):
+    assert resnet(3, make).params + 6 == params
 
 
 def pyd(repeats, ratio, add):
