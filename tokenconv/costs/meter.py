@@ -145,10 +145,10 @@ class Meter(TorchDispatchMode):
         """A forward hook that closes the site that was opened last."""
         self._open.pop()
 
-    def is_image(self, x: Tensor) -> None:
-        """Say what the model is given."""
+    def is_image(self, x: Tensor, *, wants_grad: bool = False) -> None:
+        """Say what the model is given, and whether a gradient of it is wanted."""
         storage = x.untyped_storage()
-        self._origins[storage._cdata] = _Origin(storage, True, False, frozenset())
+        self._origins[storage._cdata] = _Origin(storage, True, wants_grad, frozenset())
 
     def params(self) -> Counter[Category]:
         """Number of parameters by the category of the first operator they meet the image in."""

@@ -75,8 +75,9 @@ class Cost(Price):
     ``backward_macs`` follows ``requires_grad``: a product costs what it costs forward for each of
     its two factors that wants a gradient. So it is twice the forward pass, less what the first
     layer would need for the gradient of the image, and less what frozen weights and the layers in
-    front of the first trainable one would need. All of the output is taken to have a gradient, and
-    nothing to be computed anew, as checkpoints and fused attention do.
+    front of the first trainable one would need. The input of a block or layer of tokenconv, when it
+    is priced by itself, wants a gradient, as inside a network. All of the output is taken to have a
+    gradient, and nothing to be computed anew, as checkpoints and fused attention do.
     """
 
     sites: Mapping[str, SiteCost]

@@ -64,7 +64,7 @@ def run_meta(
     try:
         x = torch.empty(x, device="meta", dtype=floating)
         if meter:
-            meter.is_image(x)
+            meter.is_image(x, wants_grad=isinstance(meta, GridModule))
         with torch.inference_mode(False), torch.no_grad(), AttentionAsOne(meter):
             meta.eval()(x, *grid)
     except (RuntimeError, AssertionError, ValueError) as error:
