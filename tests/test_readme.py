@@ -46,7 +46,7 @@ def test_insertion_takes_ten_lines():
 
 
 def test_readme_has_commands():
-    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare"}
+    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare", "cost"}
     assert {"make demo", "make test"} <= set(SHELL)
 
 
