@@ -354,6 +354,46 @@ def test_a_parameter_belongs_to_where_it_meets_the_image():
     assert found[Category.LINEAR].macs == 6 * 2 * 6 + 4 * 6 * 6
 
 
+def test_a_parameter_that_is_read_twice_belongs_to_the_first_reader():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(4, 4))
+
+        def forward(self, x):
+            return (x + self.table) @ self.table
+
+    found = tc.cost(Net(), (3, 4, 4)).categories
+    assert {category: price.params for category, price in found.items()} == {
+        "linear": 0, "other": 16,
+    }  # fmt: skip
+
+
+def test_a_parameter_that_nothing_reads_is_counted():
+    net = nn.Conv2d(3, 4, 3)
+    net.register_parameter("unused", nn.Parameter(torch.zeros(5)))
+    cost = tc.cost(net, (3, 8, 8))
+    assert (cost.params, cost.categories[Category.OTHER].params) == (4 * 28 + 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "category"),
+    [
+        (nn.Conv2d(1, 8, 3), Category.CONVOLUTION),  # of grey images
+        (nn.Conv2d(1, 8, 1), Category.POINTWISE),
+        (nn.Conv2d(4, 8, 3, groups=2), Category.CONVOLUTION),
+        (nn.Conv2d(4, 8, 1, groups=2), Category.CONVOLUTION),
+        (nn.Conv2d(4, 8, 1, groups=4), Category.DEPTHWISE),
+        (nn.Conv1d(4, 4, 3, groups=4), Category.DEPTHWISE),
+        (nn.Conv3d(4, 8, 1), Category.POINTWISE),
+    ],
+    ids=str,
+)
+def test_convolutions_are_told_apart_by_groups_and_kernel(conv, category):
+    size = [conv.in_channels, *[5] * len(conv.kernel_size)]
+    assert list(tc.cost(conv, size).categories) == [category]
+
+
 # --- blocks ---
 
 
