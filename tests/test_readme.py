@@ -49,7 +49,7 @@ def test_insertion_takes_ten_lines():
 
 
 def test_readme_has_commands():
-    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare", "analyze"}
+    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare", "cost", "analyze"}
     assert {"make demo", "make test"} <= set(SHELL)
 
 

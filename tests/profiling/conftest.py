@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tokenconv.costs import SiteCost
 from tokenconv.profiling.measurement import MIB, Mode, Ratio, Spread
 from tokenconv.profiling.report import write_report
 from tokenconv.profiling.results import (
@@ -18,6 +17,7 @@ from tokenconv.profiling.results import (
     Phase,
     Point,
     Roof,
+    Site,
     TimeSpent,
 )
 
@@ -37,7 +37,7 @@ def make_arm(
     name: str, *, factor: float, difference: float, modes: tuple[Mode, ...], sites: tuple[str, ...]
 ) -> Arm:
     """An arm that takes ``factor`` times as long as the baseline, and more memory by its root."""
-    costs = {site: SiteCost(5000, 2_000_000, 8 * MIB, 1, (1, 384, 1024)) for site in sites}
+    costs = {site: Site(5000, 2_000_000, 8 * MIB, 1, (1, 384, 1024)) for site in sites}
     return Arm(
         name=name,
         description=f"what {name} is",

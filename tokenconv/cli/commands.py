@@ -15,6 +15,7 @@ from tokenconv.blocks.listing import to_json, to_markdown
 from tokenconv.cli.analysis import run_analyze
 from tokenconv.cli.arms import build_arms
 from tokenconv.cli.inputs import build_model, image_size, load_images
+from tokenconv.cli.prices import as_json, as_table, price_of
 from tokenconv.cli.sweeps import run_sweep
 from tokenconv.errors import MeasurementError
 from tokenconv.profiling import (
@@ -64,6 +65,12 @@ def run_plan(args: argparse.Namespace) -> None:
     model = build_model(args.model, image_size(args.img_size))
     made = plan(model, args.block, **_where(args))
     print(made.to_json() if args.json else made)
+
+
+def run_cost(args: argparse.Namespace) -> None:
+    """Print what a model or a block costs."""
+    what, found = price_of(args, _where(args))
+    print(as_json(what, found) if args.json else f"{what}\n{as_table(found)}")
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -216,6 +223,7 @@ def _device(name: str) -> torch.device:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "analyze": run_analyze,
     "compare": run_compare,
+    "cost": run_cost,
     "list": run_list,
     "plan": run_plan,
 }

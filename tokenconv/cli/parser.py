@@ -1,6 +1,7 @@
 """What the words of the command line mean."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words, argparse.Namespace(words=list(words)))
     if args.command == "compare":
         _check_together(parser, args)
+    if args.command == "cost":
+        _check_cost(parser, args)
     return args
 
 
@@ -26,6 +29,16 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for option in swept:
         if swept.count(option) > 1:
             parser.error(f"--sweep {option} twice: give all values at once, as {option}=V,V")
+
+
+def _check_cost(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of ``cost`` that make no sense together."""
+    where = [args.site, args.blocks]
+    if args.dim is not None and any(value is not None for value in (*where, args.block)):
+        parser.error("--dim says that MODEL is a block, and --block puts one into a model")
+    nameless = args.dim is None and args.block is None
+    if nameless and any(value is not None for value in (*where, args.kernel_size)):
+        parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -50,6 +63,19 @@ def _make_parser() -> argparse.ArgumentParser:
     planning.add_argument("--block", required=True, metavar="NAME")
     planning.add_argument("--json", action="store_true", help="print it as JSON")
     _add_block_options(planning)
+
+    pricing = commands.add_parser("cost", help="say what a model or a block costs, by formula")
+    pricing.add_argument("model", metavar="MODEL", help="name of a timm model, or of a block")
+    pricing.add_argument("--block", metavar="NAME", help="put this block into the model first")
+    pricing.add_argument("--dim", type=_positive, help="MODEL is a block, of so many channels")
+    pricing.add_argument(
+        "--sites",
+        type=_pattern,
+        metavar="REGEX",
+        help="price the modules of such names by themselves; None: what was inserted",
+    )
+    pricing.add_argument("--json", action="store_true", help="print it as JSON")
+    _add_block_options(pricing)
 
     _add_analyze(commands)
 
@@ -190,6 +216,13 @@ def _rule(text: str) -> object:
         return Rule.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
 def _fraction(text: str) -> float:

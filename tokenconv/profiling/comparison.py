@@ -31,7 +31,7 @@ from tokenconv.profiling.measurement import (
     time_interleaved,
 )
 from tokenconv.profiling.memory import measure_memory
-from tokenconv.profiling.results import Arm, Comparison, Measured, Memory
+from tokenconv.profiling.results import Arm, Comparison, Measured, Memory, Site
 from tokenconv.profiling.roof import measure_roof
 from tokenconv.profiling.traces import Profiled, profile_step, record_trace
 
@@ -261,6 +261,7 @@ def _arm(
     input_size = tuple(images.shape[1:])
     try:
         inserted = cost(model, input_size)
+        depthwise = cost(model, input_size, sites=depthwise_modules(model))
     except MeasurementError as error:
         raise MeasurementError(
             f"the cost of {name} cannot be told without running it (does what it does depend on "
@@ -274,8 +275,8 @@ def _arm(
         macs=inserted.macs,
         macs_by_flop_counter=_macs_by_flop_counter(model, input_size),
         bytes=inserted.bytes,
-        sites=dict(inserted.sites),
-        depthwise=dict(cost(model, input_size, sites=depthwise_modules(model)).sites),
+        sites={site: Site.of(found) for site, found in inserted.sites.items()},
+        depthwise={site: Site.of(found) for site, found in depthwise.sites.items()},
         convolutions=_convolutions(model),
         max_abs_diff_at_insertion=difference,
         modes={},

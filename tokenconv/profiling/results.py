@@ -102,6 +102,22 @@ class Measured:
         return shares
 
 
+@dataclass(frozen=True)
+class Site:
+    """What one module inside an arm costs for one image; of a ``SiteCost``, what is kept."""
+
+    params: int
+    macs: int
+    bytes: int
+    calls: int
+    input_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, found: SiteCost) -> "Site":
+        """What is kept of what ``cost`` found."""
+        return cls(found.params, found.macs, found.bytes, found.calls, found.input_shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One of the compared modules."""
@@ -118,9 +134,9 @@ class Arm:
     """The same by PyTorch's ``FlopCounterMode``, as a cross-check."""
     bytes: int
     """Eager traffic for one image."""
-    sites: dict[str, SiteCost]
+    sites: dict[str, Site]
     """What was inserted, by name of the module, for one image."""
-    depthwise: dict[str, SiteCost]
+    depthwise: dict[str, Site]
     """Every depthwise convolution, by name of the module, for one image."""
     convolutions: dict[str, int]
     """How many convolutions there are, by name with ``*`` for numbers."""
