@@ -58,7 +58,7 @@ def claim(runs: Sequence[Table]) -> Claim:
     )
     return Claim(
         f"Against none, a ReLU in between changes accuracy by {points(relu)} points with one "
-        f"kernel a channel and by {points(many)} with four; an ELU, which keeps the sign, by "
-        f"{points(elu)} with one: what harms is the loss of information, not the activation.",
-        (-relu.mean > relu.half) and many.is_positive and abs(elu.mean) < elu.half,
+        f"kernel a channel and by {points(many)} with four; an ELU, which can be inverted, by "
+        f"{points(elu)} with one: as a loss of information would.",
+        -relu.mean > relu.half and many.is_positive and abs(elu.mean) < elu.half,
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import tokenconv as tc
 from representation.digits import Classifier, train
@@ -36,68 +36,54 @@ ARMS = {
 }
 
 
-def explained(kernels: Sequence[Tensor]) -> dict[str, float]:
-    """Share of all squares that is left with rank one for each input, or output channel."""
+def explained(when: str, layers: Sequence[nn.Module]) -> Table:
+    """Share of all squares of their kernels that is left with rank one a channel, in or out."""
+    kernels = [kernel_of(layer, DIM).detach().double() for layer in layers]
     total = sum(float(kernel.square().sum()) for kernel in kernels)
-    shares = {}
-    for name, channel in (("an input channel", 0), ("an output channel", 2)):
-        values = [torch.linalg.svdvals(kernel.movedim(channel, 0))[:, 0] for kernel in kernels]
-        shares[name] = sum(float(first.square().sum()) for first in values) / total
-    return shares
+    table: Table = {}
+    for way, axis in (("input", 0), ("output", 2)):
+        firsts = [torch.linalg.svdvals(kernel.movedim(axis, 0))[:, 0] for kernel in kernels]
+        share = sum(float(first.square().sum()) for first in firsts) / total
+        table[f"{when}, by {way}"] = {"rank one explains": share}
+    return table
 
 
 def run(seed: int, quick: bool) -> Table:
     """Accuracy, training loss and parameters; what rank one explains before training and behind."""
-    table, ranks = {}, {}
+    table: Table = {}
+    ranks: Table = {}
     for name, (width, make) in ARMS.items():
         torch.manual_seed(seed)
         layers = [make() for _ in range(UNITS)]
         model = Classifier(layers, width)
-
-        def kernels(layers: Sequence[nn.Module] = layers) -> list[Tensor]:
-            return [kernel_of(layer, DIM).detach().double() for layer in layers]
-
         if name == "dense":
-            ranks["rank one explains, untrained"] = explained(kernels())
-        loss, accuracy = train(
-            model, seed, steps=20 if quick else 300,
-            penalty=bsconv_reg_loss if name == "BSConv-S" else None,
-        )  # fmt: skip
+            ranks |= explained("untrained", layers)
+        penalty = bsconv_reg_loss if name == "BSConv-S" else None
+        loss, accuracy = train(model, seed, steps=20 if quick else 300, penalty=penalty)
+        if name == "dense":
+            ranks |= explained("trained", layers)
         table[name] = {
             "accuracy": accuracy, "training loss": loss, "parameters": num_params(model),
         }  # fmt: skip
-        if name == "dense":
-            ranks["rank one explains, trained"] = explained(kernels())
     return table | ranks
 
 
 def draw(figure: Figure, runs: Sequence[Table]) -> None:
     """Accuracy of every layer, and what both kinds of rank one explain."""
-    axes = figure.subplots(1, 2)
-    draw_rows(axes[0], runs, [*ARMS], "accuracy")
-    labels = [f"{run['parameters'] / 1e3:.1f} k" for run in (runs[0][name] for name in ARMS)]
-    names = [f"{name}\n{label}" for name, label in zip(ARMS, labels, strict=True)]
-    axes[0].set_xticks(range(len(ARMS)), names)
-    axes[0].set_ylabel("accuracy")
-    kinds = ("an input channel", "an output channel")
-    parts = [
-        {
-            f"{when}, {kind.split()[1]}": run[f"rank one explains, {when}"] | {"share": share}
-            for when in ("untrained", "trained")
-            for kind, share in run[f"rank one explains, {when}"].items()
-        }
-        for run in runs
-    ]
-    draw_rows(axes[1], parts, [*parts[0]], "share")
-    axes[1].set(ylabel=f"rank one for {kinds[0]} or {kinds[1]} explains", ylim=(0, 1))
+    left, right = figure.subplots(1, 2)
+    draw_rows(left, runs, [*ARMS], "accuracy")
+    labels = [f"{name}\n{runs[0][name]['parameters'] / 1e3:.1f} k" for name in ARMS]
+    left.set_xticks(range(len(ARMS)), labels)
+    left.set_ylabel("accuracy")
+    draw_rows(right, runs, [row for row in runs[0] if row not in ARMS], "rank one explains")
+    right.set(title="kernels of the dense classifier", ylim=(0, 1))
+    right.set_ylabel("share that rank one a channel explains")
 
 
 def claim(runs: Sequence[Table]) -> Claim:
     """See ``representation.experiment.Claim``."""
     u, s = (gain(runs, name, "DSC", "accuracy") for name in ("BSConv-U", "BSConv-S"))
-    shares = [
-        mean(runs, "rank one explains, trained", f"an {way} channel") for way in ("input", "output")
-    ]
+    shares = [mean(runs, f"trained, by {way}", "rank one explains") for way in ("input", "output")]
     return Claim(
         f"At matched parameters BSConv-U differs from DSC by {points(u)} points of accuracy and "
         f"BSConv-S by {points(s)}; of the trained dense kernels rank one for each input channel "

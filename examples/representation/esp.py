@@ -78,7 +78,7 @@ def draw(figure: Figure, runs: Sequence[Table]) -> None:
         found = response(blocks(0, FUSED[name], depth), depth) != 0
         shares = holes(found, depth)
         for axis, touched, (branch, share) in zip(line, found, shares.items(), strict=True):
-            axis.imshow(touched, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(touched.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(f"{branch}: {share:.1%} holes", fontsize=8)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{name},\n{depth} block" + "s" * (depth > 1), fontsize=9)

@@ -42,6 +42,8 @@ class Spread(NamedTuple):
         if self.half in (0, math.inf):
             return f"{self.mean:.4g}"
         digits = max(0, 1 - math.floor(math.log10(self.half)))
+        if digits > 5:
+            return f"{self.mean:.1e} ± {self.half:.0e}"
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
@@ -84,5 +86,7 @@ def draw_curve(axis: Axes, runs: Sequence[Table], row: str, label: str, number: 
     places = [float(name) for name in names]
     for run in runs:
         axis.plot(places, [*run[row].values()], "o", color=f"C{number}", alpha=0.35, markersize=4)
-    axis.plot(places, [mean(runs, row, name) for name in names], color=f"C{number}", label=label)
+    style = ("-", "--", ":")[number]  # curves may coincide
+    means = [mean(runs, row, name) for name in names]
+    axis.plot(places, means, style, color=f"C{number}", label=label)
     axis.grid(alpha=0.3)

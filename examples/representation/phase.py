@@ -105,9 +105,9 @@ def draw(figure: Figure, runs: Sequence[Table]) -> None:
     axis = figure.subplots()
     draw_rows(axis, runs, [*ARMS], "accuracy")
     axis.axhline(CEILING, color="black", linestyle="--", linewidth=1)
-    axis.text(4.35, CEILING + 0.01, "most that one kernel a channel can reach", ha="right")
+    axis.text(-0.55, CEILING + 0.01, "bound for one kernel a channel")
     axis.axhline(1 / CLASSES, color="gray", linestyle=":", linewidth=1)
-    axis.text(4.35, 1 / CLASSES + 0.01, "chance", color="gray", ha="right")
+    axis.text(-0.55, 1 / CLASSES + 0.01, "chance", color="gray")
     axis.set(ylabel="accuracy on new pictures", ylim=(0.2, 1.02))
 
 
