@@ -5,6 +5,7 @@ PYTHONPATH=examples python -m representation phase esp --seeds 3 --out runs/two
 PYTHONPATH=examples python -m representation --quick    # shows that it runs
 
 Each leaves its numbers (NAME.json) and figure (NAME.png); README.md tells of all in the folder.
+It needs scikit-learn, for its digits: pip install '.[demo]'.
 """
 
 import argparse
@@ -82,10 +83,13 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "Depthwise, then pointwise is a constraint on the kernel: `W[o,i,q] = p[o,i] * d[i,q]`, "
         "rank one for each input channel. These experiments say what it costs and what it brings, "
         "on tasks made so small that the mechanism is all there is. A claim stands as the numbers "
-        "gave it; popular ones that did not hold here are told as such. All of it, on one core:",
+        "gave it; popular ones that did not hold here are told as such. All of it, on one core, "
+        "with `pip install '.[demo]'`:",
         f"```sh\n{COMMAND}\n```",
         "Numbers are means over seeds ± their 95 % interval (Student's t); a number alone is the "
-        "same for every seed. Dots in figures are seeds, lines their means.",
+        "same for every seed. Dots in figures are seeds, lines their means. A claim is shown if a "
+        "condition in the code holds for the numbers; where it rests on an interval, that is not "
+        "corrected for there being several.",
         "| | claim | shown |\n|---|---|---|\n"
         + "\n".join(
             f"| [{result['experiment']}](#{result['experiment']}) | {result['claim']} | "
