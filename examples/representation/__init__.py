@@ -1,0 +1,1 @@
+"""What convolution on tokens can express, an experiment a file; `python -m representation`."""
