@@ -101,15 +101,21 @@ def price(
 
 
 def run_meta(
-    meta: nn.Module, batch: int, input_size: Sequence[int], meter: "_Meter | None" = None
+    meta: nn.Module,
+    batch: int,
+    input_size: Sequence[int],
+    meter: "_Meter | None" = None,
+    *,
+    training: bool = False,
 ) -> None:
-    """Run a model on the meta device on a batch of images, in evaluation mode.
+    """Run a model on the meta device on a batch of images.
 
     Args:
         meta: What ``meta_copy`` gave.
         batch: Number of images.
         input_size: ``(C, H, W)`` of one image.
         meter: Where to price attention, which no dispatch mode sees here.
+        training: In training mode; else in evaluation mode.
 
     Raises:
         MeasurementError: If it refuses them.
@@ -118,7 +124,7 @@ def run_meta(
     images = torch.empty(batch, *input_size, device="meta", dtype=floating)
     try:
         with torch.inference_mode(False), torch.no_grad(), _AttentionAsOne(meter):
-            meta.eval()(images)
+            meta.train(training)(images)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(s) for s in input_size)
         raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
