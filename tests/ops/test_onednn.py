@@ -227,8 +227,9 @@ class Tagged(torch.Tensor):
         (lambda x, layer: layer(x, 3, 5), r"has no gradient; call it under torch.no_grad\(\)"),
         (lambda x, layer: layer.double().requires_grad_(False)(x.double(), 3, 5), "not float64"),
         (lambda x, layer: layer.requires_grad_(False)(x.as_subclass(Tagged), 3, 5), "plain tens"),
+        (lambda x, layer: layer.requires_grad_(False)(x.mT.contiguous().mT, 3, 5), "next to each"),
     ],
-    ids=["gradient", "dtype", "subclass"],
+    ids=["gradient", "dtype", "subclass", "layout"],
 )  # fmt: skip
 def test_a_forced_choice_is_honoured_or_refused(call, message):
     layer = tc.DWConv(16, impl="onednn")

@@ -20,6 +20,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import tokenconv as tc
+from tokenconv.blocks.chain import Chain
+from tokenconv.blocks.gated import Gate
 from tokenconv.surgery.accelerate import FusedActivation, activation_of
 
 from .conftest import FAMILIES, randomize_
@@ -65,6 +67,7 @@ def check(model, images, *, pickles=True, tolerance=1e-12):
     model.zero_grad()
 
     report = tc.accelerate_(model, tuple(images.shape[1:]))
+    assert not any(module.training for module in model.modules())
     for name in report.changed:  # what was seen without weights holds with them
         conv = model.get_submodule(name)
         if isinstance(conv, nn.Conv2d):
@@ -161,13 +164,17 @@ def test_hybrids(vit, disturb_, block, options, expected):
     assert len(report.changed) == 3
 
 
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 5}, {"dilation": 2, "allow_change": True}], ids=["5x5", "dilation"]
+)
 @pytest.mark.parametrize("folded", [False, True], ids=["as inserted", "folded"])
-def test_kernels_merged_into_those_of_the_model(pvt, disturb_, folded):
-    model = disturb_(tc.insert_(pvt, "mix_ffn", kernel_size=5))
+def test_kernels_merged_into_those_of_the_model(pvt, disturb_, folded, options):
+    model = disturb_(tc.insert_(pvt, "mix_ffn", **options))
     if folded:
         tc.fold_(model.double())
     report = check(model, torch.randn(2, 3, 64, 96))
     assert list(report.changed.values()) == ["on tokens and gelu"] * 5
+    assert not report.kept
 
 
 def test_a_block_by_itself_is_a_model_too():
@@ -337,9 +344,32 @@ def test_a_hook_sees_what_the_convolution_returned():
     assert report.changed == {"conv": "on tokens"}
 
 
-def test_padding_may_be_a_word():
-    report = check(Tokens(through, padding="same"), torch.randn(2, 3, 5, 6))
+@pytest.mark.parametrize("changes", [{"padding": "same"}, {"dilation": 2, "padding": 2}], ids=str)
+def test_other_ways_to_keep_the_size(changes):
+    report = check(Tokens(through, **changes), torch.randn(2, 3, 5, 6))
     assert report.changed == {"conv": "on tokens and gelu"}
+
+
+def test_one_activation_of_two_names():
+    model = Tokens(lambda self, x: self.act(self.conv(self.other(self.conv(x)))))
+    model.other = model.act
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens and gelu"}
+
+
+def test_a_layer_that_has_an_activation_takes_no_other():
+    model = Tokens(lambda self, x: self.act(self.conv(x.flatten(2).mT, *x.shape[2:])))
+    model.conv = tc.DWConv(6, activation="silu")
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens"}
+
+
+def test_a_gate_whose_value_is_computed_is_not_fused():
+    gate = Gate(Chain(dwconv=tc.DWConv(3), act=nn.GELU()), nn.Tanh())
+    model = Tokens(lambda self, x: self.gate(x.flatten(2).mT, *x.shape[2:]))
+    model.gate = gate
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"gate.gate.dwconv": "on tokens and gelu"}
 
 
 def test_an_activation_may_be_several_operators():
@@ -356,6 +386,7 @@ def test_an_activation_may_be_several_operators():
     ("changes", "why"),
     [
         ({"stride": 2}, r"it has a stride of \(2, 2\)"),
+        ({"dilation": (1, 2)}, r"it has a dilation of \(1, 2\)"),
         ({"kernel_size": 4}, r"its kernel of \(4, 4\) is not odd and square"),
         ({"kernel_size": (3, 5), "padding": (1, 2)}, r"its kernel of \(3, 5\) is not odd"),
         ({"padding": 0}, "its padding does not keep the size with zeros"),

@@ -119,7 +119,7 @@ def decelerate_(model: nn.Module) -> nn.Module:
         raise SurgeryError(f"this {type(model).__name__} is not accelerated")
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FusedActivation):
-            model.set_submodule(name, module.original.train(module.training))
+            model.set_submodule(name, module.original)
         elif isinstance(module, Gate):
             module.is_fused = False
         elif isinstance(module, _OnTokens):
@@ -278,7 +278,7 @@ def _chains(
         activation = watch.acts[act] if act else None
         if isinstance(conv, DWConv) and conv.activation:
             act, activation = "", conv.activation
-        gate = _gate_around(meta, name, act)
+        gate = _gate_around(meta, act)
         chains.append(_Chain(name, act, activation, gate))
     return chains, kept
 
@@ -301,7 +301,9 @@ def _unfit(conv: nn.Module, calls: Sequence[_Call]) -> str:
     side, dilation = conv.kernel_size[0], conv.dilation[0]
     if conv.stride != (1, 1):
         return f"it has a stride of {conv.stride}"
-    if conv.kernel_size != (side, side) or side % 2 == 0 or conv.dilation != (dilation,) * 2:
+    if conv.dilation != (dilation, dilation):
+        return f"it has a dilation of {conv.dilation}"
+    if conv.kernel_size != (side, side) or side % 2 == 0:
         return f"its kernel of {conv.kernel_size} is not odd and square"
     same = ("same", (dilation * (side // 2),) * 2)
     if conv.padding not in same or conv.padding_mode != "zeros":
@@ -321,13 +323,11 @@ def _only_use(watch: "_Watch", calls: Sequence[_Call]) -> str:
     return act if given == [_storage(call.gave) for call in calls] else ""
 
 
-def _gate_around(model: nn.Module, conv: str, act: str) -> str:
-    """The gate of ours whose first half is just this convolution and its activation."""
-    for name in (act.rpartition(".")[0].rpartition(".")[0], conv.rpartition(".")[0]):
-        gate = model.get_submodule(name) if name else None
-        if isinstance(gate, Gate) and gate.can_fuse() and conv.startswith(f"{name}.gate"):
-            return name
-    return ""
+def _gate_around(model: nn.Module, act: str) -> str:
+    """The gate of ours whose first half is just a convolution and this activation."""
+    name = act.rpartition(".")[0].rpartition(".")[0]
+    gate = model.get_submodule(name) if name else None
+    return name if isinstance(gate, Gate) and gate.can_fuse() else ""
 
 
 def _storage(x: Tensor) -> int:

@@ -94,7 +94,7 @@ def depthwise_conv_onednn(
     tokens = out.permute(0, 2, 3, 1).reshape(spatial.shape)
     if num_prefix_tokens:
         prefix = x[:, :num_prefix_tokens]
-        if activation is not None and prefix_tokens == PrefixTokens.ACT:
+        if activation is not None:  # which ``finish`` takes back for other policies
             prefix = ACTIVATE[activation](prefix)
         tokens = torch.cat([prefix, tokens], dim=1)
     return finish(tokens, x, num_prefix_tokens, None, gate, prefix_tokens)
