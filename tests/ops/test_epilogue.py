@@ -52,6 +52,14 @@ def test_gradients_of_several_maps_and_of_missing_tokens():
             torch.testing.assert_close(out[:, :1], first[:, :1])
 
 
+@pytest.mark.parametrize("prefix_tokens", PREFIX_TOKENS)
+def test_prefix_tokens_have_the_dtype_of_the_others(prefix_tokens, grid):
+    x, weight, bias, _ = inputs(grid, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tc.depthwise_conv(x, weight, bias, grid, prefix_tokens=prefix_tokens)
+    assert out.dtype == torch.bfloat16
+
+
 def test_a_layer_has_the_activation_and_takes_the_gate(grid):
     layer = tc.DWConv(6, activation="silu").double()
     x, weight, bias, gate = inputs(grid, 6, gate=True, dtype=torch.float64)

@@ -64,6 +64,15 @@ def test_one_kernel_with_and_without_a_residual():
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_bias_of_any_layout():
+    grid = tc.TokenGrid((3, 5), 1)
+    x, weight, bias, _ = inputs(grid, 16)
+    for own in (torch.stack([bias, -bias], 1)[:, 0], bias[:1].expand(16)):
+        one, other = (tc.depthwise_conv(x, weight, own, grid, impl=i) for i in ("onednn", "conv2d"))
+        assert torch.equal(one, other)
+
+
 def test_a_plain_convolution_is_the_same_to_the_bit():
     grid = tc.TokenGrid((6, 9), 1)
     x, weight, bias, _ = inputs(grid, 20)
@@ -192,6 +201,22 @@ def test_where_it_cannot_be_taken_another_one_is(monkeypatch, profiled, grid):
         assert PRIMITIVE not in profiled(lambda: layer(x, grid))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "gate"])
+def test_whatever_is_differentiated_has_its_derivative(which, grid):
+    values = dict(zip(("x", "weight", "bias", "gate"), inputs(grid, 16, gate=True), strict=True))
+    one = values.pop(which)
+
+    def run(t, impl):
+        return tc.depthwise_conv(**{**values, which: t}, grid=grid, activation="gelu", impl=impl)
+
+    for derivative in (
+        lambda impl: torch.func.grad(lambda t: run(t, impl).square().sum())(one),
+        lambda impl: torch.func.jvp(lambda t: run(t, impl), (one,), (one,))[1],
+    ):
+        torch.testing.assert_close(derivative(None), derivative("reference"), rtol=1e-4, atol=1e-4)
+
+
 class Tagged(torch.Tensor):
     pass
 
@@ -202,8 +227,9 @@ class Tagged(torch.Tensor):
         (lambda x, layer: layer(x, 3, 5), r"has no gradient; call it under torch.no_grad\(\)"),
         (lambda x, layer: layer.double().requires_grad_(False)(x.double(), 3, 5), "not float64"),
         (lambda x, layer: layer.requires_grad_(False)(x.as_subclass(Tagged), 3, 5), "plain tens"),
+        (lambda x, layer: layer.requires_grad_(False)(x.mT.contiguous().mT, 3, 5), "next to each"),
     ],
-    ids=["gradient", "dtype", "subclass"],
+    ids=["gradient", "dtype", "subclass", "layout"],
 )  # fmt: skip
 def test_a_forced_choice_is_honoured_or_refused(call, message):
     layer = tc.DWConv(16, impl="onednn")

@@ -146,6 +146,14 @@ def test_a_gate_of_another_layout(device):
     check([x, weight, bias, gate.mT.contiguous().mT], grid, activation="gelu")
 
 
+@pytest.mark.parametrize("way", ["strided", "expanded"])
+def test_a_bias_of_another_layout(device, way):
+    grid = tc.TokenGrid((3, 4), 1)
+    x, weight, bias, _ = inputs(grid, 6, device=device)
+    other = torch.stack([bias, -bias], 1)[:, 0] if way == "strided" else bias[:1].expand(6)
+    check([x, weight, other, None], grid, activation="gelu")
+
+
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=4)), ids=str)
 def test_only_gradients_that_are_needed(device, needed):
     grid = tc.TokenGrid((2, 5), 1)
@@ -295,6 +303,18 @@ def test_checkpoints_and_double_use(device, reentrant):
     again.backward()
     for leaf, expected in zip(leaves, wanted, strict=True):
         assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_derivatives_that_it_does_not_have_are_errors(device):
+    layer = tc.DWConv(6, activation="gelu", impl="triton").to(device)
+    x = torch.randn(1, 15, 6, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x, 3, 5).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; take impl='conv2d'"):
+        grad.sum().backward()
+    layer.requires_grad_(False)
+    with pytest.raises(ValueError, match="refused: it has no derivative in forward mode"):
+        torch.func.jvp(lambda x: layer(x, 3, 5), (x.detach(),), (x.detach(),))
 
 
 def test_only_inputs_are_kept_for_the_backward_pass(device):

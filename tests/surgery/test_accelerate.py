@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import GELUTanh, get_act_layer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +20,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import tokenconv as tc
+from tokenconv.blocks.chain import Chain
+from tokenconv.blocks.gated import Gate
 from tokenconv.surgery.accelerate import FusedActivation, activation_of
 
 from .conftest import FAMILIES, randomize_
@@ -43,11 +46,14 @@ ACCELERATED = {
 
 def outputs(model, images):
     out = model(images)
+    if isinstance(out, tuple):
+        return torch.cat(out)
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def assert_tokens(conv, args):
-    assert args[0].stride(1) == 1
+def assert_tokens(conv, args, kwargs):
+    (x,) = (*args, *kwargs.values())
+    assert x.stride(1) == 1
 
 
 def check(model, images, *, pickles=True, tolerance=1e-12):
@@ -61,10 +67,11 @@ def check(model, images, *, pickles=True, tolerance=1e-12):
     model.zero_grad()
 
     report = tc.accelerate_(model, tuple(images.shape[1:]))
+    assert not any(module.training for module in model.modules())
     for name in report.changed:  # what was seen without weights holds with them
         conv = model.get_submodule(name)
         if isinstance(conv, nn.Conv2d):
-            conv.register_forward_pre_hook(assert_tokens)
+            conv.register_forward_pre_hook(assert_tokens, with_kwargs=True)
     twins = [model, copy.deepcopy(model)]
     if pickles:  # which transformers' models do not once they have run: they have local hooks
         twins.append(pickle.loads(pickle.dumps(model)))
@@ -157,13 +164,17 @@ def test_hybrids(vit, disturb_, block, options, expected):
     assert len(report.changed) == 3
 
 
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 5}, {"dilation": 2, "allow_change": True}], ids=["5x5", "dilation"]
+)
 @pytest.mark.parametrize("folded", [False, True], ids=["as inserted", "folded"])
-def test_kernels_merged_into_those_of_the_model(pvt, disturb_, folded):
-    model = disturb_(tc.insert_(pvt, "mix_ffn", kernel_size=5))
+def test_kernels_merged_into_those_of_the_model(pvt, disturb_, folded, options):
+    model = disturb_(tc.insert_(pvt, "mix_ffn", **options))
     if folded:
         tc.fold_(model.double())
     report = check(model, torch.randn(2, 3, 64, 96))
     assert list(report.changed.values()) == ["on tokens and gelu"] * 5
+    assert not report.kept
 
 
 def test_a_block_by_itself_is_a_model_too():
@@ -191,6 +202,7 @@ class Tokens(nn.Module):
         self.embed = nn.Conv2d(3, 6, 1)
         self.conv = nn.Conv2d(6, 6, **known)
         self.act = nn.GELU()
+        self.other = nn.SiLU()
         self.run = run
 
     def forward(self, images):
@@ -204,8 +216,20 @@ def through(self, x):
     return self.act(self.conv(x))
 
 
+def by_keyword(self, x):
+    return self.act(self.conv(input=x))
+
+
+def not_for_training(self, x):
+    return self.act(self.conv(x)) if not self.training else None.loss
+
+
 def through_views(self, x):
     return self.act(self.conv(x).flatten(2).transpose(1, 2)[:, :, None]).sum(2)
+
+
+def of_a_part(self, x):
+    return self.act(self.conv(x)[:, :3])
 
 
 def used_twice(self, x):
@@ -218,8 +242,36 @@ def used_before(self, x):
     return y.mean() + self.act(y)
 
 
-def of_a_part(self, x):
-    return self.act(self.conv(x)[:, :3])
+def used_in_training(self, x):
+    y = self.conv(x)
+    return self.act(y) + y if self.training else self.act(y)
+
+
+def dropped_before(self, x):
+    return self.act(F.dropout(self.conv(x), 0.5, self.training))
+
+
+def returned_too(self, x):
+    y = self.conv(x)
+    return self.act(y), y
+
+
+def convolved_again(self, x):
+    return self.act(self.conv(x)) + self.conv(input=x)
+
+
+def activated_by_keyword(self, x):
+    return self.act(input=self.conv(x))
+
+
+def activated_in_two_ways(self, x):
+    y = self.conv(x)
+    return self.act(y) + self.other(y)
+
+
+def activated_instead(self, x):
+    self.conv(x)
+    return self.act(self.conv(2 * x)) + self.act(x)
 
 
 def with_something_between(self, x):
@@ -230,6 +282,11 @@ def activated_elsewhere_too(self, x):
     return self.act(self.conv(self.act(x)))
 
 
+def activated_elsewhere_in_training(self, x):
+    y = self.act(self.conv(x))
+    return y + self.act(x) if self.training else y
+
+
 def activated_again(self, x):
     return self.act(2 * self.act(self.conv(x)))
 
@@ -238,7 +295,9 @@ def twice_the_same(self, x):
     return self.act(self.conv(self.act(self.conv(x))))
 
 
-@pytest.mark.parametrize("run", [through, through_views, twice_the_same])
+@pytest.mark.parametrize(
+    "run", [through, by_keyword, not_for_training, through_views, of_a_part, twice_the_same]
+)
 def test_an_activation_that_is_the_only_use_is_fused(run):
     report = check(Tokens(run), torch.randn(2, 3, 5, 6))
     assert report.changed == {"conv": "on tokens and gelu"}
@@ -249,15 +308,68 @@ def test_an_activation_that_is_the_only_use_is_fused(run):
     [
         used_twice,
         used_before,
-        of_a_part,
+        used_in_training,
+        dropped_before,
+        returned_too,
+        convolved_again,
+        activated_by_keyword,
+        activated_in_two_ways,
+        activated_instead,
         with_something_between,
         activated_elsewhere_too,
+        activated_elsewhere_in_training,
         activated_again,
     ],
 )
 def test_another_use_keeps_the_activation(run):
     report = check(Tokens(run), torch.randn(2, 3, 5, 6))
     assert report.changed == {"conv": "on tokens"}
+
+
+def test_a_gate_is_multiplied_before_the_activation():
+    def run(self, x):
+        tokens = x.flatten(2).mT
+        return self.act(self.conv(tokens, *x.shape[2:], gate=tokens))
+
+    model = Tokens(run)
+    model.conv = tc.DWConv(6)
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens"}
+
+
+def test_a_hook_sees_what_the_convolution_returned():
+    model = Tokens(through)
+    model.conv.register_forward_hook(lambda conv, args, out: 2 * out)
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens"}
+
+
+@pytest.mark.parametrize("changes", [{"padding": "same"}, {"dilation": 2, "padding": 2}], ids=str)
+def test_other_ways_to_keep_the_size(changes):
+    report = check(Tokens(through, **changes), torch.randn(2, 3, 5, 6))
+    assert report.changed == {"conv": "on tokens and gelu"}
+
+
+def test_one_activation_of_two_names():
+    model = Tokens(lambda self, x: self.act(self.conv(self.other(self.conv(x)))))
+    model.other = model.act
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens and gelu"}
+
+
+def test_a_layer_that_has_an_activation_takes_no_other():
+    model = Tokens(lambda self, x: self.act(self.conv(x.flatten(2).mT, *x.shape[2:])))
+    model.conv = tc.DWConv(6, activation="silu")
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"conv": "on tokens"}
+
+
+def test_a_gate_whose_value_is_computed_is_not_fused():
+    gate = Gate(Chain(dwconv=tc.DWConv(3), act=nn.GELU()), nn.Tanh())
+    model = Tokens(lambda self, x: self.gate(x.flatten(2).mT, *x.shape[2:]))
+    model.gate = gate
+    report = check(model, torch.randn(2, 3, 5, 6), pickles=False)
+    assert report.changed == {"gate.gate.dwconv": "on tokens and gelu"}
 
 
 def test_an_activation_may_be_several_operators():
@@ -274,6 +386,7 @@ def test_an_activation_may_be_several_operators():
     ("changes", "why"),
     [
         ({"stride": 2}, r"it has a stride of \(2, 2\)"),
+        ({"dilation": (1, 2)}, r"it has a dilation of \(1, 2\)"),
         ({"kernel_size": 4}, r"its kernel of \(4, 4\) is not odd and square"),
         ({"kernel_size": (3, 5), "padding": (1, 2)}, r"its kernel of \(3, 5\) is not odd"),
         ({"padding": 0}, "its padding does not keep the size with zeros"),
@@ -299,6 +412,21 @@ def test_a_convolution_that_does_not_run_is_kept():
         tc.accelerate_(Tokens(lambda self, x: self.act(x)), (3, 5, 6))
 
 
+def test_a_forward_that_is_not_that_of_the_class_is_kept(vit):
+    model = Tokens(through)
+    model.conv.forward = model.conv.forward  # as those do that move weights between devices
+    with pytest.raises(tc.SurgeryError, match="conv: it has a forward of its own"):
+        tc.accelerate_(model, (3, 5, 6))
+    frozen = tc.freeze_grid_(tc.insert_(vit, "mix_ffn"), (48, 80))
+    with pytest.raises(tc.SurgeryError, match="it has a forward of its own"):
+        tc.accelerate_(frozen)
+
+
+class ClipsWhenItPredicts(nn.Module):
+    def forward(self, x):
+        return x.relu() if self.training else x.clamp(0, 6)
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -313,6 +441,10 @@ def test_a_convolution_that_does_not_run_is_kept():
         (nn.PReLU(init=0.0), None),
         (nn.Hardswish(), None),
         (nn.ReLU6(), None),
+        (nn.Hardtanh(0, 20), None),
+        (nn.Threshold(1e-3, 0), None),
+        (ACT2FN["gelu_10"], None),
+        (ClipsWhenItPredicts(), None),
         (nn.Dropout(0.5), None),
         (nn.RReLU(-0.5, 0.5), None),
         (nn.Softmax(-1), None),

@@ -46,15 +46,21 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def run_meta(
-    meta: nn.Module, batch: int, input_size: Sequence[int], meter: Meter | None = None
+    meta: nn.Module,
+    batch: int,
+    input_size: Sequence[int],
+    meter: Meter | None = None,
+    *,
+    training: bool = False,
 ) -> None:
-    """Run a model on the meta device on a batch of images, in evaluation mode.
+    """Run a model on the meta device on a batch of images.
 
     Args:
         meta: What ``meta_copy`` gave.
         batch: Number of images.
         input_size: ``(C, H, W)`` of one image; see ``cost`` for blocks on tokens.
         meter: What prices it; no dispatch mode sees attention here.
+        training: In training mode; else in evaluation mode.
 
     Raises:
         MeasurementError: If it refuses them.
@@ -66,7 +72,7 @@ def run_meta(
         if meter:
             meter.is_image(x, wants_grad=isinstance(meta, GridModule))
         with torch.inference_mode(False), torch.no_grad(), AttentionAsOne(meter):
-            meta.eval()(x, *grid)
+            meta.train(training)(x, *grid)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(s) for s in input_size)
         raise MeasurementError(f"the model refuses an image of {size}: {error}") from error

@@ -1,13 +1,15 @@
 """Run a model's own depthwise convolutions over tokens, and the activations behind them, fused.
 
-What can be fused is seen, not told: a weightless copy runs once while every use of what a
-convolution returns is written down. An activation that is its only use becomes part of it. So
-models of timm and transformers, hybrids of this library and models of one's own need no list.
+What can be fused is seen, not told: a weightless copy runs, to predict and to train, while every
+use of what a convolution returns is written down. An activation that is its only use becomes part
+of it. So models of timm and transformers, hybrids of this library and models of one's own need no
+list.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +60,8 @@ def accelerate_(
     their keys and the model's code stay as they are; outputs are equal within the rounding of the
     dtype. ``decelerate_`` takes it back.
 
-    Hooks on a fused activation do not run meanwhile. ``insert_``, ``remove_`` and ``freeze_grid_``
+    Hooks on a fused activation do not run meanwhile; a convolution with forward hooks, which may
+    look at what it returns, keeps its activation. ``insert_``, ``remove_`` and ``freeze_grid_``
     are refused until then, so accelerate last.
 
     Args:
@@ -116,7 +119,7 @@ def decelerate_(model: nn.Module) -> nn.Module:
         raise SurgeryError(f"this {type(model).__name__} is not accelerated")
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FusedActivation):
-            model.set_submodule(name, module.original.train(module.training))
+            model.set_submodule(name, module.original)
         elif isinstance(module, Gate):
             module.is_fused = False
         elif isinstance(module, _OnTokens):
@@ -247,8 +250,8 @@ class _Call:
 
     given: Tensor
     gave: Tensor
-    uses: list[tuple[str, ...]] = field(default_factory=list)
-    """Of what it returned, but for views: the activations that each ran in."""
+    uses: list[str] = field(default_factory=list)
+    """Of what it returned, but for views: the activation that each ran in, or nothing."""
 
 
 def _chains(
@@ -258,8 +261,11 @@ def _chains(
     try:
         meta = meta_copy(model)
         watch = _Watch(meta)
+        size = input_size or image_size(meta)
         with watch:
-            run_meta(meta, _BATCH, input_size or image_size(meta))
+            run_meta(meta, _BATCH, size)
+            with suppress(Exception):  # not every model trains on images alone
+                run_meta(meta, _BATCH, size, training=True)
     except MeasurementError as error:
         raise SurgeryError(f"{error}. Pass the right input_size=(C, H, W)") from error
     chains, kept = [], {}
@@ -268,11 +274,11 @@ def _chains(
         if why := _unfit(conv, calls):
             kept[name] = why
             continue
-        act = _only_use(watch, name, calls)
+        act = "" if model.get_submodule(name)._forward_hooks else _only_use(watch, calls)
         activation = watch.acts[act] if act else None
         if isinstance(conv, DWConv) and conv.activation:
             act, activation = "", conv.activation
-        gate = _gate_around(meta, name, act)
+        gate = _gate_around(meta, act)
         chains.append(_Chain(name, act, activation, gate))
     return chains, kept
 
@@ -281,6 +287,9 @@ def _unfit(conv: nn.Module, calls: Sequence[_Call]) -> str:
     """Why a depthwise convolution cannot run as ours; empty if it can."""
     if not calls:
         return "it does not run"
+    known = next(kind for kind in (DWConv, MergedConv, nn.Conv2d) if isinstance(conv, kind))
+    if "forward" in vars(conv) or type(conv).forward is not known.forward:
+        return "it has a forward of its own"
     if isinstance(conv, DWConv):
         return ""
     given = calls[0].given
@@ -292,37 +301,33 @@ def _unfit(conv: nn.Module, calls: Sequence[_Call]) -> str:
     side, dilation = conv.kernel_size[0], conv.dilation[0]
     if conv.stride != (1, 1):
         return f"it has a stride of {conv.stride}"
-    if conv.kernel_size != (side, side) or side % 2 == 0 or conv.dilation != (dilation,) * 2:
+    if conv.dilation != (dilation, dilation):
+        return f"it has a dilation of {conv.dilation}"
+    if conv.kernel_size != (side, side) or side % 2 == 0:
         return f"its kernel of {conv.kernel_size} is not odd and square"
-    if conv.padding != (dilation * (side // 2),) * 2 or conv.padding_mode != "zeros":
+    same = ("same", (dilation * (side // 2),) * 2)
+    if conv.padding not in same or conv.padding_mode != "zeros":
         return "its padding does not keep the size with zeros"
     return ""
 
 
-def _only_use(watch: "_Watch", conv: str, calls: Sequence[_Call]) -> str:
+def _only_use(watch: "_Watch", calls: Sequence[_Call]) -> str:
     """The activation that is the only use of what a convolution returns, in every call."""
     used = {use for call in calls for use in call.uses}
     if len(used) != 1:
         return ""
-    ((*inside,),) = used
-    if len(inside) != 1:
+    (act,) = used
+    if act not in watch.acts:
         return ""
-    (act,) = inside
-    own = watch.calls[act]
-    whole = len(own) == len(calls) and all(
-        _storage(one.given) == _storage(call.gave) and one.given.numel() == call.gave.numel()
-        for one, call in zip(own, calls, strict=True)
-    )
-    return act if whole else ""
+    given = [_storage(call.given) for call in watch.calls[act]]
+    return act if given == [_storage(call.gave) for call in calls] else ""
 
 
-def _gate_around(model: nn.Module, conv: str, act: str) -> str:
-    """The gate of ours whose first half is just this convolution and its activation."""
-    for name in (act.rpartition(".")[0].rpartition(".")[0], conv.rpartition(".")[0]):
-        gate = model.get_submodule(name) if name else None
-        if isinstance(gate, Gate) and gate.can_fuse() and conv.startswith(f"{name}.gate"):
-            return name
-    return ""
+def _gate_around(model: nn.Module, act: str) -> str:
+    """The gate of ours whose first half is just a convolution and this activation."""
+    name = act.rpartition(".")[0].rpartition(".")[0]
+    gate = model.get_submodule(name) if name else None
+    return name if isinstance(gate, Gate) and gate.can_fuse() else ""
 
 
 def _storage(x: Tensor) -> int:
@@ -352,29 +357,45 @@ class _Watch(TorchDispatchMode):
                 self.acts[name] = activation
             else:
                 continue
-            module.register_forward_pre_hook(self._enter(name))
-            module.register_forward_hook(self._leave)
+            module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+            module.register_forward_hook(self._leave, with_kwargs=True)
+        model.register_forward_hook(self._return)
 
     def _enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.open.append(name)
+            if kwargs or len(args) != 1:  # what stands there afterwards takes one tensor
+                self.acts.pop(name, None)
 
         return hook
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         name = self.open.pop()
-        if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-            call = _Call(args[0], out)
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if given and isinstance(out, Tensor):
+            call = _Call(given[0], out)
+            if len(given) > 1:  # a gate, which is multiplied before anything else sees the result
+                call.uses.append("")
             self.calls.setdefault(name, []).append(call)
             if name in self.convs:
                 self.made[_storage(out)] = call
 
+    def _return(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """To be returned is a use as well, which no operator shows."""
+        self._use(out)
+
+    def _use(self, *values: Any) -> None:
+        inside = next((name for name in self.open if name in self.acts), "")
+        for one in tree_leaves(values):
+            if isinstance(one, Tensor) and (call := self.made.get(_storage(one))):
+                call.uses.append(inside)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
-            for one in tree_leaves((args, kwargs)):
-                if isinstance(one, Tensor) and (call := self.made.get(_storage(one))):
-                    call.uses.append(tuple(name for name in self.open if name in self.acts))
+            self._use(args, kwargs)
         return out
 
 
@@ -396,7 +417,8 @@ def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module computes, by what it makes of numbers, not by its class."""
     if isinstance(module, (Chain, nn.Identity)) or has_values(module) or list(module.children()):
         return None
-    numbers = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    far = 10.0 ** torch.arange(-30, 31, dtype=torch.float64)  # some activations clip there
+    numbers = torch.cat([torch.linspace(-8, 8, 257, dtype=torch.float64), far, -far])
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outs = [copy.deepcopy(module).train(mode)(numbers.clone()) for mode in (True, False)]

@@ -5,6 +5,7 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from tokenconv.choice import Choice
 from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, TokenGrid, grid_of
@@ -106,9 +107,10 @@ def depthwise_conv(
     if isinstance(grid, MultiGrid):
         out = _on_every_map(x, weight, bias, grid, dilation, residual, impl)
         return finish(out, x, grid.num_prefix_tokens, activation, gate, prefix_tokens)
-    if impl is not None and (refusal := _refusal(Impl.of(impl), x, weight, grid, dilation)):
+    call = x, weight, bias, gate, grid, dilation
+    if impl is not None and (refusal := _refusal(Impl.of(impl), *call)):
         raise ValueError(f"impl={str(impl)!r} is refused: {refusal}; or leave impl out")
-    chosen = _choose(x, weight, grid) if impl is None else Impl.of(impl)
+    chosen = _choose(*call) if impl is None else Impl.of(impl)
     if x.is_meta and chosen in _FUSED:  # nothing is computed there
         chosen = Impl.CONV2D
     if isinstance(grid, SparseGrid):
@@ -143,27 +145,49 @@ def _on_every_map(
     return torch.cat([prefix.to(outs[0].dtype), *outs], dim=1)
 
 
-def _choose(x: Tensor, weight: Tensor, grid: TokenGrid | SparseGrid) -> Impl:
+def _choose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    grid: TokenGrid | SparseGrid,
+    dilation: int,
+) -> Impl:
     """The fastest that can take the call, as far as it was measured."""
     if isinstance(grid, SparseGrid):
         return Impl.GATHER
-    if x.device.type == "cpu" and onednn.refusal(x, weight) is None:
-        return Impl.ONEDNN
+    if x.device.type == "cpu":
+        refused = _refusal(Impl.ONEDNN, x, weight, bias, gate, grid, dilation)
+        return Impl.CONV2D if refused else Impl.ONEDNN
     return Impl.CONV2D
 
 
 def _refusal(
-    impl: Impl, x: Tensor, weight: Tensor, grid: TokenGrid | SparseGrid, dilation: int
+    impl: Impl,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    grid: TokenGrid | SparseGrid,
+    dilation: int,
 ) -> str | None:
     """Why an implementation cannot take a call; None if it can."""
     takes = (*_SPARSE,) if isinstance(grid, SparseGrid) else (*_FULL, *_FUSED)
     if impl not in takes:
         names = " or ".join(repr(str(one)) for one in takes)
         return f"it takes no {type(grid).__name__}; take {names}"
-    if impl == Impl.ONEDNN and not x.is_meta:
-        return onednn.refusal(x, weight)
-    if impl == Impl.TRITON and not x.is_meta:
-        return triton.refusal(x, weight, dilation)
+    if impl not in _FUSED or x.is_meta:
+        return None
+    if refusal := (
+        onednn.refusal(x, weight, bias)
+        if impl == Impl.ONEDNN
+        else triton.refusal(x, weight, dilation)
+    ):
+        return refusal
+    if not torch.compiler.is_compiling() and any(
+        t is not None and unpack_dual(t).tangent is not None for t in (x, weight, bias, gate)
+    ):
+        return "it has no derivative in forward mode"
     return None
 
 

@@ -33,7 +33,7 @@ _packed: Any = WeakIdKeyDictionary()
 residual. It serves maps of any shape."""
 
 
-def refusal(x: Tensor, weight: Tensor) -> str | None:
+def refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why the primitive cannot take a call; None if it can."""
     if x.device.type != "cpu":
         return f"it is for CPUs, and the tokens are on {x.device}"
@@ -41,7 +41,8 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return f"it takes float32, not {str(x.dtype)[6:]}"
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return "the channels of a token do not lie next to each other; call x.contiguous()"
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    learned = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if torch.is_grad_enabled() and learned:
         return "it has no gradient; call it under torch.no_grad() or torch.inference_mode()"
     if torch.is_autocast_enabled("cpu"):
         return "it does not take part in autocast"
@@ -85,14 +86,15 @@ def depthwise_conv_onednn(
     around = [dilation * (weight.shape[-1] // 2)] * 2
     attribute, algorithm = _ATTRIBUTES[activation]
     out = torch.ops.mkldnn._convolution_pointwise(
-        fmap, kernel, bias, around, [1, 1], [dilation] * 2, dim, attribute, [], algorithm
-    )
+        fmap, kernel, None if bias is None else bias.contiguous(), around, [1, 1], [dilation] * 2,
+        dim, attribute, [], algorithm,
+    )  # fmt: skip
     if residual and not in_kernel:
         out = out.add_(fmap)  # keeps `x + 0` the same to the bit, as insertion promises
     tokens = out.permute(0, 2, 3, 1).reshape(spatial.shape)
     if num_prefix_tokens:
         prefix = x[:, :num_prefix_tokens]
-        if activation is not None and prefix_tokens == PrefixTokens.ACT:
+        if activation is not None:  # which ``finish`` takes back for other policies
             prefix = ACTIVATE[activation](prefix)
         tokens = torch.cat([prefix, tokens], dim=1)
     return finish(tokens, x, num_prefix_tokens, None, gate, prefix_tokens)

@@ -182,6 +182,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*wanted, *[None] * len(ctx.told))
 
 
+def _backward_twice(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the kernels have no second derivative; take impl='conv2d'")
+
+
 # --- launching ---
 
 
@@ -210,8 +214,9 @@ def _convolve(
     x, other = _in_rows(x), _in_rows(x if gate is None else gate)
     with _on(x.device):
         _kernels().convolve[(programs,)](
-            x, weight.contiguous(), bias, other, y, batch * count, count, rows, cols, prefix, dim,
-            x.stride(0), x.stride(1), other.stride(0), other.stride(1), y.stride(0), y.stride(1),
+            x, weight.contiguous(), _in_line(bias), other, y, batch * count, count, rows, cols,
+            prefix, dim, x.stride(0), x.stride(1), other.stride(0), other.stride(1), y.stride(0),
+            y.stride(1),
             K=side, TH=tiling.rows, TW=tiling.cols, BC=tiling.channels, ACT=activation,
             HAS_BIAS=bias is not None, HAS_GATE=gate is not None, RESIDUAL=residual, FLIP=flip,
             PREFIX=prefix_tokens, EXACT=x.dtype == torch.float32, num_warps=tiling.warps,
@@ -248,9 +253,10 @@ def _launch_backward(
         programs = (parts + (batch if prefix and (needs_z or needs_gate) else 0)) * blocks
         with _on(x.device):
             _kernels().gradients[(programs,)](
-                x, weight.contiguous(), bias, other, grad, dz, dgate, partial, batch * count, count,
-                rows, cols, prefix, dim, parts, x.stride(0), x.stride(1), other.stride(0),
-                other.stride(1), grad.stride(0), grad.stride(1), x.shape[1] * dim, dim,
+                x, weight.contiguous(), _in_line(bias), other, grad, dz, dgate, partial,
+                batch * count, count, rows, cols, prefix, dim, parts, x.stride(0), x.stride(1),
+                other.stride(0), other.stride(1), grad.stride(0), grad.stride(1),
+                x.shape[1] * dim, dim,
                 K=side, TW=tiling.cols, BC=tiling.channels, ACT=activation,
                 HAS_BIAS=bias is not None, HAS_GATE=gate is not None, RESIDUAL=residual,
                 PREFIX=prefix_tokens, EXACT=x.dtype == torch.float32, NEEDS_Z=needs_z,
@@ -277,6 +283,10 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def _in_line(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 @cache
 def _processors(device: torch.device) -> int:
     if device.type == "cpu":  # interpreted
@@ -298,3 +308,4 @@ for _name, _real, _meta in (
 torch.library.register_autograd(
     "tokenconv::depthwise_conv", _backward, setup_context=_keep, lib=_library
 )
+torch.library.register_autograd("tokenconv::depthwise_conv_backward", _backward_twice, lib=_library)
