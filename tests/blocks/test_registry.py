@@ -16,7 +16,7 @@ from tokenconv.blocks.ffn import MultiScaleFFN
 from tokenconv.layers import StarReLU
 
 ROOT = Path(__file__).parents[2]
-TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind != "scales"]
+TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind in ("tokens", "maps")]
 ENTRIES = [(name, paper) for name, info in tc.BLOCKS.items() for paper in info.papers]
 
 
@@ -71,13 +71,20 @@ def symbols_of(name, block):
         "condconv": {"E": 4},
         "conv_lora": {"w": 3, "E": 8},
         "conv_adapter": {"w": C // 8},
+        "cct_tokenizer": {"w": 64},
+        "ceit_stem": {"w": 64},
+        "cmt_stem": {"w": 32},
+        "conv2former_stem": {"w": C // 2},
+        "mobilevit_stem": {"w": 16},
+        "spatial_prior": {"w": 64},
     }.get(name, {})
     if isinstance(block, FeedForward):
         settings["h"] = block.hidden_dim_of(C, block.mlp_ratio)
     if isinstance(block, Adapter) and "w" not in settings:
         settings["w"] = block.width
-    side = getattr(block, "kernel_size", 3)
-    return {"C": C, "O": C, "K": side if isinstance(side, int) else None, **settings}
+    usual = 7 if name in ("cct_tokenizer", "shunted_stem") else 3
+    side = getattr(block, "kernel_size", usual)
+    return {"C": C, "O": C, "I": 3, "K": side if isinstance(side, int) else None, **settings}
 
 
 class OnImages(nn.Module):
@@ -99,9 +106,14 @@ class OnImages(nn.Module):
 def test_the_formulas_of_a_row_are_what_the_block_counts(name):
     info = tc.BLOCKS[name]
     block = tc.create_block(name, dim=C)
-    known = {**symbols_of(name, block), "N": 4 * 6}
+    if info.kind == "stem":
+        model, size = block, (3, 64, 96)
+        tokens = block(torch.zeros(1, *size))[0].shape[1]
+    else:
+        model, size, tokens = OnImages(block), (C, 4, 6), 4 * 6
+    known = {**symbols_of(name, block), "N": tokens}
     assert eval(info.params, {}, known) == sum(p.numel() for p in block.parameters())
-    assert eval(info.macs, {}, known) == tc.cost(OnImages(block), (C, 4, 6)).macs
+    assert eval(info.macs, {}, known) == tc.cost(model, size).macs
 
 
 @pytest.mark.parametrize(("name", "paper"), ENTRIES, ids=[f"{n}-{p.name}" for n, p in ENTRIES])

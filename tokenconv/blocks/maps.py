@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, N tokens = P prefix + grid, K kernel side.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -122,10 +123,10 @@ class MapBlock(GridModule):
     def forward(self, x: Tensor, *grid: Grid) -> Any:
         """Run on a map, or on tokens and their grid; see the class."""
         if not grid:
-            return self.run(_checked(x, self.dim))
-        fmap = self.run(_lay_out(x, grid, self.dim))
-        tokens = _line_up(fmap, x, grid, self.prefix_tokens)
-        return tokens if self.stride == 1 else (tokens, _grid_behind(fmap, grid))
+            return self.run(checked(x, self.dim))
+        fmap = self.run(lay_out(x, grid, self.dim))
+        tokens = line_up(fmap, x, grid, self.prefix_tokens)
+        return tokens if self.stride == 1 else (tokens, grid_behind(fmap, grid))
 
     def fold_(self) -> bool:
         """Fold every ``BatchNorm`` into the convolution in front of it, in place, for inference.
@@ -139,15 +140,20 @@ class MapBlock(GridModule):
             ValueError: In training mode, or if values are stored in fewer than 32 bits.
         """
         check_foldable(self)
-        folded = [_fold_norms_(m) for m in self.modules() if isinstance(m, nn.Sequential)]
-        return any(folded)
+        return fold_norms_(self)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"{self.dim}, {self.out_dim}, stride={self.stride}"
 
 
-def _fold_norms_(row: nn.Sequential) -> bool:
+def fold_norms_(module: nn.Module) -> bool:
+    """Fold every norm behind a convolution into it; returns whether there was one."""
+    folded = [_fold_row_(m) for m in module.modules() if isinstance(m, nn.Sequential)]
+    return any(folded)
+
+
+def _fold_row_(row: nn.Sequential) -> bool:
     steps: Any = row._modules
     norms = [
         (name, following)
@@ -161,7 +167,8 @@ def _fold_norms_(row: nn.Sequential) -> bool:
     return bool(norms)
 
 
-def _checked(fmap: Tensor, dim: int) -> Tensor:
+def checked(fmap: Tensor, dim: int) -> Tensor:
+    """A map, if it is one of this width."""
     if fmap.ndim != 4 or fmap.shape[1] != dim:
         raise GridError(
             f"expected a map (B, {dim}, H, W), or tokens and their grid, block(x, H, W); got a "
@@ -170,7 +177,7 @@ def _checked(fmap: Tensor, dim: int) -> Tensor:
     return fmap
 
 
-def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
+def lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     """Tokens as maps, the frames of a video as images by themselves."""
     known = TokenGrid.of(*grid)
     known.check(x)
@@ -178,10 +185,10 @@ def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     spatial = x[:, known.num_prefix_tokens :]
     # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
     fmaps = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, x.shape[2])
-    return _checked(fmaps.permute(0, 3, 1, 2), dim)
+    return checked(fmaps.permute(0, 3, 1, 2), dim)
 
 
-def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
+def line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
     """Maps as tokens, behind the prefix tokens of ``x``."""
     known = TokenGrid.of(*grid)
     count = math.prod((*known.size[:-2], *fmap.shape[2:]))
@@ -198,17 +205,13 @@ def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Te
     return torch.cat([first.to(tokens.dtype), tokens], dim=1)
 
 
-def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+def grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+    """The grid of tokens that a map was made of."""
     known = TokenGrid.of(*grid)
     return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
 
 
-for _checks in (
-    "_checked",
-    "_lay_out",
-    "_line_up",
-    "_grid_behind",
-):  # which cannot be traced symbolically
+for _checks in ("checked", "lay_out", "line_up", "grid_behind"):  # they cannot be traced
     torch.fx.wrap(_checks)
 
 
@@ -285,7 +288,7 @@ class Parallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run all on the same map."""
         outs = [branch(x) for branch in self.branches]
-        return torch.stack(outs).sum(0) if self.add else torch.cat(outs, dim=1)
+        return reduce(torch.add, outs) if self.add else torch.cat(outs, dim=1)
 
 
 class Split(nn.Module):

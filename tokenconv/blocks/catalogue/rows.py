@@ -30,6 +30,11 @@ _USUAL: Mapping[str, Mapping[str, Any]] = {
         "prefix_policy": "pass unchanged",
         "parity_test": "test_separable.py::test_block_is_that_of_its_oracle",
     },
+    "stem": {
+        "kind": "stem",
+        "prefix_policy": "come behind it",
+        "parity_test": "test_stems.py::test_stem_is_that_of_its_paper",
+    },
 }
 """What a row says where nothing else is said."""
 

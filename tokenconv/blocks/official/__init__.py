@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official.sources import SOURCES, Renames
+from tokenconv.blocks.official import sources
+from tokenconv.blocks.official.sources import Renames
+from tokenconv.blocks.official.stems import STEM_SOURCES
 from tokenconv.errors import CheckpointError, UnknownNameError
 
 __all__ = ["SOURCES", "load_official"]
+
+_PARTS = (sources.SOURCES, STEM_SOURCES)
+SOURCES = {
+    name: {block: row for part in _PARTS for block, row in part.get(name, {}).items()}
+    for name in dict.fromkeys(name for part in _PARTS for name in part)
+}
+"""By the name of a model: the blocks it has, and what its keys are called in them."""
 
 
 def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> nn.Module:
