@@ -521,8 +521,9 @@ def test_three_scales_load_as_well():
 def test_every_source_is_tested_and_named_by_the_paper_that_it_is_of():
     tested = {(source, block) for source, block, _, _ in CASES.values()}
     tested.add(("vit_adapter", "multi_scale_ffn"))
-    assert tested == {(source, block) for source, row in SOURCES.items() for block in row}
-    papers = {(paper.source, name) for name, i in tc.BLOCKS.items() for paper in i.papers}
+    here = {name for name, i in tc.BLOCKS.items() if i.group != "mixer"}  # see test_mixers.py
+    assert tested == {(source, b) for source, row in SOURCES.items() for b in row if b in here}
+    papers = {(paper.source, name) for name in here for paper in tc.BLOCKS[name].papers}
     assert {row for row in papers if row[0]} == tested
 
 

@@ -37,7 +37,7 @@ class BlockInfo:
     factory: Callable[..., nn.Module]
     """``factory(dim, **kwargs)`` builds the whole block."""
     group: str
-    """Where it stands: ``ffn``, ``position``, ``adapter`` or ``separable``."""
+    """Where it stands: ``ffn``, ``mixer``, ``position``, ``adapter`` or ``separable``."""
     papers: tuple[Paper, ...]
     """The papers that have it, its source first."""
     formula: str

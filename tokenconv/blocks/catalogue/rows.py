@@ -30,6 +30,11 @@ _USUAL: Mapping[str, Mapping[str, Any]] = {
         "prefix_policy": "pass unchanged",
         "parity_test": "test_separable.py::test_block_is_that_of_its_oracle",
     },
+    "mixer": {
+        "kind": "maps",
+        "prefix_policy": "pass unchanged",
+        "parity_test": "test_mixers.py::test_mixer_is_that_of_its_paper",
+    },
 }
 """What a row says where nothing else is said."""
 
@@ -58,3 +63,9 @@ def beside_mlp(factory: Callable[..., Any], **fixed: Any) -> Sites:
 def map_beside_mlp(factory: Callable[..., Any]) -> Sites:
     """The same for a block on maps, which keeps width and size there."""
     return beside_mlp(factory, residual=False, stride=1, out_dim=None)
+
+
+def in_place_of_attention(factory: Callable[..., Any]) -> Sites:
+    """A mixer on maps without its residual: beside attention or MLP, or in place of attention."""
+    branch = branch_of(factory, residual=False, stride=1, out_dim=None)
+    return everywhere(branch, "beside_attn", "beside_mlp", "replace_attn")
