@@ -63,6 +63,7 @@ def symbols_of(name, block):
     settings = {
         "inverted_residual": {"h": 6 * C},
         "mbconv": {"h": 6 * C},
+        "uib": {"h": 4 * C},
         "shufflenetv1": {"w": C // 4},
         "pydmobilenet": {"w": C // 2},
         "esp": {"w": C // 5},

@@ -23,6 +23,10 @@ paper's facts, in the test that its row links to.
 _GROUPS = {
     "ffn": ("Feed-forwards", "In place of the MLP of a Transformer block, or beside it."),
     "position": ("Position and local", "In front of a block, or beside its parts."),
+    "mixer": (
+        "Mixers",
+        "In place of attention or beside it, on maps `(B, C, H, W)` and on tokens.",
+    ),
     "adapter": ("Adapters", "Trained beside or behind what is frozen."),
     "separable": (
         "Depthwise separable family",

@@ -38,7 +38,7 @@ class BlockInfo:
     factory: Callable[..., nn.Module]
     """``factory(dim, **kwargs)`` builds the whole block."""
     group: str
-    """Where it stands: ``ffn``, ``position``, ``adapter``, ``separable`` or ``stem``."""
+    """Where it stands: ``ffn``, ``mixer``, ``position``, ``adapter``, ``separable`` or ``stem``."""
     papers: tuple[Paper, ...]
     """The papers that have it, its source first."""
     formula: str

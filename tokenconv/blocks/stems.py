@@ -15,17 +15,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tokenconv.blocks.chain import (
     Steps,
-    check_foldable,
     init_by_group_,
     init_kaiming_,
     init_torch_,
     init_truncated_,
 )
+from tokenconv.blocks.map_layers import LayerNorm2d
 from tokenconv.blocks.maps import (
     Parallel,
     checked,
     conv,
-    fold_norms_,
+    fold_convs_,
     grid_behind,
     lay_out,
     line_up,
@@ -87,7 +87,8 @@ class Stem(GridModule):
     def fold_(self) -> bool:
         """Fold every ``BatchNorm`` behind a convolution into it, in place, for inference.
 
-        Equal in real arithmetic; the norms' keys go with them.
+        Branches that merge become one convolution first. Equal in real arithmetic; the keys of
+        what is folded go with it.
 
         Returns:
             Whether anything changed.
@@ -95,9 +96,7 @@ class Stem(GridModule):
         Raises:
             ValueError: In training mode, or if values are stored in fewer than 32 bits.
         """
-        check_foldable(self)
-        branches = [part.fold_() for part in self.modules() if isinstance(part, MobileOne)]
-        return fold_norms_(self) or any(branches)
+        return fold_convs_(self)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -114,14 +113,6 @@ for _checks in ("checked", "lay_out", "line_up", "grid_behind", "tokens_and_grid
 
 
 # --- parts ---
-
-
-class MapNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map ``(B, C, H, W)``."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise every position."""
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _patches(dim: int, out_dim: int, side: int, *, bias: bool = True) -> nn.Conv2d:
@@ -201,7 +192,7 @@ class PatchEmbed(Stem):
         if pre_norm and not norm:
             raise ValueError("expected norm=True for pre_norm=True, got norm=False")
         width = in_chans if pre_norm else dim
-        made = MapNorm(width, self.eps, bias=self.norm_bias) if norm else None
+        made = LayerNorm2d(width, self.eps, bias=self.norm_bias) if norm else None
         return {
             "pre_norm": made if pre_norm else None,
             "proj": nn.Conv2d(in_chans, dim, side, stride, padding),
@@ -422,7 +413,7 @@ class CMTStem(Stem):
         return {
             **_row(widths, 3, (2, 1, 1), nn.GELU, bias=True, act_first=True),
             "proj": _patches(width, dim, 2),
-            "norm": MapNorm(dim),
+            "norm": LayerNorm2d(dim),
         }
 
 
@@ -477,7 +468,7 @@ class ShuntedStem(Stem):
             **{f"{name[:-1]}0": step for name, step in first.items()},
             **more,
             "proj": _patches(dim, dim, 2),
-            "norm": MapNorm(dim),
+            "norm": LayerNorm2d(dim),
         }
 
 
@@ -568,21 +559,17 @@ class MobileOne(Parallel):
             branches.append(nn.BatchNorm2d(dim))
         super().__init__(*branches, add=True)
 
-    @torch.no_grad()
-    def fold_(self) -> bool:
-        """Make one convolution of all branches, in place, for inference; see ``Stem.fold_``."""
-        check_foldable(self)
+    def merged(self) -> nn.Conv2d:
+        """The one convolution that the branches are in evaluation mode."""
         first: Any = self.branches[0]
-        if not isinstance(first, nn.Sequential):
-            return False
-        like: nn.Conv2d = first[0]  # pyright: ignore[reportAssignmentType]
-        convs = [_with_norm(branch, like) for branch in self.branches]
-        for other in convs[1:]:
-            margin = (like.kernel_size[0] - other.kernel_size[0]) // 2
-            convs[0].weight += nn.functional.pad(other.weight, [margin] * 4)
-            convs[0].bias += other.bias  # pyright: ignore[reportOperatorIssue]
-        self.branches = nn.ModuleList(convs[:1])
-        return True
+        like: nn.Conv2d = first[0]
+        with torch.inference_mode(False), torch.no_grad():
+            made, *others = [_with_norm(branch, like) for branch in self.branches]
+            for other in others:
+                margin = (like.kernel_size[0] - other.kernel_size[0]) // 2
+                made.weight += nn.functional.pad(other.weight, [margin] * 4)
+                made.bias += other.bias  # pyright: ignore[reportOperatorIssue]
+        return made
 
 
 def _with_norm(branch: Any, like: nn.Conv2d) -> nn.Conv2d:
@@ -653,5 +640,4 @@ class SpatialPrior(nn.Module):
 
     def fold_(self) -> bool:
         """Fold every ``BatchNorm`` into the convolution in front of it; see ``Stem.fold_``."""
-        check_foldable(self)
-        return fold_norms_(self)
+        return fold_convs_(self)

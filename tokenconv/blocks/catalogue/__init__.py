@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenconv.blocks.catalogue.adapters import ADAPTERS
 from tokenconv.blocks.catalogue.feed_forwards import FEED_FORWARDS
+from tokenconv.blocks.catalogue.mixers import MIXERS
 from tokenconv.blocks.catalogue.positions import POSITIONS
 from tokenconv.blocks.catalogue.separable import SEPARABLE
 from tokenconv.blocks.catalogue.stems import STEMS
@@ -16,7 +17,7 @@ from tokenconv.blocks.registry import BlockInfo
 from tokenconv.errors import UnknownNameError
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
-    {**FEED_FORWARDS, **POSITIONS, **ADAPTERS, **SEPARABLE, **STEMS}
+    {**FEED_FORWARDS, **MIXERS, **POSITIONS, **ADAPTERS, **SEPARABLE, **STEMS}
 )
 
 

@@ -7,18 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official import sources
-from tokenconv.blocks.official.sources import Renames
-from tokenconv.blocks.official.stems import STEM_SOURCES
+from tokenconv.blocks.official import mixers, sources, stems
+from tokenconv.blocks.official.sources import Renames, Source
 from tokenconv.errors import CheckpointError, UnknownNameError
 
 __all__ = ["SOURCES", "load_official"]
 
-_PARTS = (sources.SOURCES, STEM_SOURCES)
-SOURCES = {
-    name: {block: row for part in _PARTS for block, row in part.get(name, {}).items()}
-    for name in dict.fromkeys(name for part in _PARTS for name in part)
-}
+
+def _joined(*parts: Mapping[str, Source]) -> Mapping[str, Source]:
+    """One source has blocks of several groups."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: {block: keys for part in parts for block, keys in part.get(name, {}).items()}
+        for name in names
+    }
+
+
+SOURCES = _joined(sources.SOURCES, mixers.SOURCES, stems.SOURCES)
 """By the name of a model: the blocks it has, and what its keys are called in them."""
 
 

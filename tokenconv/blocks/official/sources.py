@@ -105,7 +105,10 @@ def _resdsc(block: nn.Module) -> Renames:
     return names
 
 
-SOURCES: Mapping[str, Mapping[str, Renames | Callable[[nn.Module], Renames]]] = {
+Source = Mapping[str, Renames | Callable[[nn.Module], Renames]]
+"""The blocks of one paper's code, and their names there."""
+
+SOURCES: Mapping[str, Source] = {
     "pvtv2": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "segformer": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "van": {"mix_ffn": _MIX},
