@@ -11,6 +11,7 @@ from torch import nn
 
 import tokenconv as tc
 from tokenconv.blocks.adapters import Adapter
+from tokenconv.blocks.attention.base import Attention
 from tokenconv.blocks.feed_forward import FeedForward
 from tokenconv.blocks.ffn import MultiScaleFFN
 from tokenconv.layers import StarReLU
@@ -32,7 +33,8 @@ ENTRIES = [(name, paper) for name, info in tc.BLOCKS.items() for paper in info.p
 def test_token_blocks_keep_the_shape_and_the_batch_apart(name, batch, rows, cols, prefix, dim):
     torch.manual_seed(0)
     block = tc.create_block(name, dim=dim).double().eval()
-    grid = tc.TokenGrid((rows, cols), prefix)
+    least = getattr(block, "sr_ratio", 1)
+    grid = tc.TokenGrid((max(rows, least), max(cols, least)), prefix)
     x = torch.randn(batch, grid.num_tokens, dim, dtype=torch.float64)
     out = block(x, grid)
     assert out.shape == x.shape
@@ -77,6 +79,10 @@ def symbols_of(name, block):
     if isinstance(block, Adapter) and "w" not in settings:
         settings["w"] = block.width
     side = getattr(block, "kernel_size", 3)
+    if isinstance(block, Attention):
+        shrink = getattr(block, "sr_ratio", getattr(block, "stride_kv", 2))
+        settings["n"], settings["s"] = block.num_heads, shrink
+        settings["M"] = 4 * 6 if name == "cswin_attn" else 4 * 6 // shrink**2
     return {"C": C, "O": C, "K": side if isinstance(side, int) else None, **settings}
 
 
@@ -99,7 +105,7 @@ class OnImages(nn.Module):
 def test_the_formulas_of_a_row_are_what_the_block_counts(name):
     info = tc.BLOCKS[name]
     block = tc.create_block(name, dim=C)
-    known = {**symbols_of(name, block), "N": 4 * 6}
+    known = {**symbols_of(name, block), "N": 4 * 6, "H": 4, "W": 6}
     assert eval(info.params, {}, known) == sum(p.numel() for p in block.parameters())
     assert eval(info.macs, {}, known) == tc.cost(OnImages(block), (C, 4, 6)).macs
 

@@ -123,9 +123,9 @@ class MapBlock(GridModule):
         """Run on a map, or on tokens and their grid; see the class."""
         if not grid:
             return self.run(_checked(x, self.dim))
-        fmap = self.run(_lay_out(x, grid, self.dim))
-        tokens = _line_up(fmap, x, grid, self.prefix_tokens)
-        return tokens if self.stride == 1 else (tokens, _grid_behind(fmap, grid))
+        fmap = self.run(lay_out(x, grid, self.dim))
+        tokens = line_up(fmap, x, grid, self.prefix_tokens)
+        return tokens if self.stride == 1 else (tokens, grid_behind(fmap, grid))
 
     def fold_(self) -> bool:
         """Fold every ``BatchNorm`` into the convolution in front of it, in place, for inference.
@@ -138,13 +138,18 @@ class MapBlock(GridModule):
         Raises:
             ValueError: In training mode, or if values are stored in fewer than 32 bits.
         """
-        check_foldable(self)
-        folded = [_fold_norms_(m) for m in self.modules() if isinstance(m, nn.Sequential)]
-        return any(folded)
+        return fold_convs_(self)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"{self.dim}, {self.out_dim}, stride={self.stride}"
+
+
+def fold_convs_(module: nn.Module) -> bool:
+    """Fold every ``BatchNorm2d`` of a ``Sequential`` into the convolution in front of it."""
+    check_foldable(module)
+    folded = [_fold_norms_(m) for m in module.modules() if isinstance(m, nn.Sequential)]
+    return any(folded)
 
 
 def _fold_norms_(row: nn.Sequential) -> bool:
@@ -170,7 +175,7 @@ def _checked(fmap: Tensor, dim: int) -> Tensor:
     return fmap
 
 
-def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
+def lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     """Tokens as maps, the frames of a video as images by themselves."""
     known = TokenGrid.of(*grid)
     known.check(x)
@@ -181,7 +186,7 @@ def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     return _checked(fmaps.permute(0, 3, 1, 2), dim)
 
 
-def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
+def line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
     """Maps as tokens, behind the prefix tokens of ``x``."""
     known = TokenGrid.of(*grid)
     count = math.prod((*known.size[:-2], *fmap.shape[2:]))
@@ -198,16 +203,17 @@ def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Te
     return torch.cat([first.to(tokens.dtype), tokens], dim=1)
 
 
-def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+def grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+    """The grid of maps that were made from tokens."""
     known = TokenGrid.of(*grid)
     return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
 
 
 for _checks in (
     "_checked",
-    "_lay_out",
-    "_line_up",
-    "_grid_behind",
+    "lay_out",
+    "line_up",
+    "grid_behind",
 ):  # which cannot be traced symbolically
     torch.fx.wrap(_checks)
 

@@ -31,13 +31,14 @@ class BlockInfo:
     """What there is to know about a block without building it.
 
     ``formula``, ``params`` and ``macs`` speak of C channels and O that come out, h hidden ones, K
-    kernel side, w width of a bottleneck, E experts, N tokens on the grid.
+    kernel side, w width of a bottleneck, E experts, N tokens on the grid; of attention also n
+    heads, s side of squares or windows, M keys that a token sees.
     """
 
     factory: Callable[..., nn.Module]
     """``factory(dim, **kwargs)`` builds the whole block."""
     group: str
-    """Where it stands: ``ffn``, ``position``, ``adapter`` or ``separable``."""
+    """Where it stands: ``ffn``, ``position``, ``attention``, ``adapter`` or ``separable``."""
     papers: tuple[Paper, ...]
     """The papers that have it, its source first."""
     formula: str
@@ -49,7 +50,7 @@ class BlockInfo:
     prefix_policy: str
     """What happens to class and register tokens."""
     kind: Literal["tokens", "maps", "scales"]
-    """``tokens`` blocks obey ``forward(x, *grid)`` on any grid; ``maps`` blocks do on one full
+    """``tokens`` blocks obey ``forward(x, *grid)``; ``maps`` blocks do on one full
     grid, and take maps ``(B, C, H, W)`` without a grid; ``scales`` take several maps."""
     parity_test: str
     """The pytest node that proves the block equal to code we did not write."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokenconv.blocks.catalogue.adapters import ADAPTERS
+from tokenconv.blocks.catalogue.attention import ATTENTION
 from tokenconv.blocks.catalogue.feed_forwards import FEED_FORWARDS
 from tokenconv.blocks.catalogue.positions import POSITIONS
 from tokenconv.blocks.catalogue.separable import SEPARABLE
@@ -15,7 +16,7 @@ from tokenconv.blocks.registry import BlockInfo
 from tokenconv.errors import UnknownNameError
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
-    {**FEED_FORWARDS, **POSITIONS, **ADAPTERS, **SEPARABLE}
+    {**FEED_FORWARDS, **POSITIONS, **ATTENTION, **ADAPTERS, **SEPARABLE}
 )
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official.sources import SOURCES, Renames
+from tokenconv.blocks.official.renames import Renames
+from tokenconv.blocks.official.sources import SOURCES
 from tokenconv.errors import CheckpointError, UnknownNameError
 
 __all__ = ["SOURCES", "load_official"]

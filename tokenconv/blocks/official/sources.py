@@ -1,12 +1,9 @@
 """What keys of the papers' repositories are called here, by source and block."""
 
-from collections.abc import Callable, Mapping
-
 from torch import nn
 
-Renames = Mapping[str, str | None]
-"""From a name at the beginning of an official key to ours; None leaves the value out. The first
-that fits counts."""
+from tokenconv.blocks.official.attention import ATTENTION
+from tokenconv.blocks.official.renames import Renames, Sources
 
 _MIX: Renames = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "dwconv": "dwconv", "fc2": "fc2"}
 _TRANSFORMERS: Renames = {"dense1": "fc1", "dense2": "fc2"}
@@ -105,7 +102,7 @@ def _resdsc(block: nn.Module) -> Renames:
     return names
 
 
-SOURCES: Mapping[str, Mapping[str, Renames | Callable[[nn.Module], Renames]]] = {
+_SOURCES: Sources = {
     "pvtv2": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "segformer": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "van": {"mix_ffn": _MIX},
@@ -303,5 +300,16 @@ SOURCES: Mapping[str, Mapping[str, Renames | Callable[[nn.Module], Renames]]] = 
     },
     "resdsc": {"resdsc": _resdsc},
 }
+
+
+def _merged(*parts: Sources) -> Sources:
+    names = {name: None for part in parts for name in part}
+    return {
+        name: {block: row for part in parts for block, row in part.get(name, {}).items()}
+        for name in names
+    }
+
+
+SOURCES: Sources = _merged(_SOURCES, ATTENTION)
 """By the name of a model: the blocks it has, and what its keys are called in them. Read in the
 official code, or in timm's and transformers', whose names fit as well."""
