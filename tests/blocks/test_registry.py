@@ -73,6 +73,11 @@ def symbols_of(name, block):
         "condconv": {"E": 4},
         "conv_lora": {"w": 3, "E": 8},
         "conv_adapter": {"w": C // 8},
+        "nextvit_conv": {"w": C},
+        "mobilevit": {"M": 4 * 6 // 4},
+        "inception_mixer": {"M": 4 * 6 // 4},
+        "sdta": {"n": 1},
+        "lite_mla": {"K": 5},
     }.get(name, {})
     if isinstance(block, FeedForward):
         settings["h"] = block.hidden_dim_of(C, block.mlp_ratio)

@@ -59,13 +59,17 @@ class Attention(GridModule):
         **own: Any,
     ):
         super().__init__()
-        self.dim, self.num_heads = dim, heads_of(dim, num_heads, self.heads_by)
+        self.dim, self.num_heads = dim, self.heads(dim, num_heads)
         self.attn_drop = attn_drop
         self.build(self.qkv_bias if qkv_bias is None else qkv_bias, **own)
         if "proj" not in self._modules:
             self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
+
+    def heads(self, dim: int, num_heads: int | None) -> int:
+        """The number of heads, where None was asked for or not."""
+        return heads_of(dim, num_heads, self.heads_by)
 
     def build(self, bias: bool) -> None:
         """Make the layers; those of queries, keys and values with a ``bias`` or without."""

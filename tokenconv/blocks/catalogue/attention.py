@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenconv.blocks.attention.channels import CrossCovarianceAttention, TransposedAttention
-from tokenconv.blocks.attention.linear import FactorisedAttention
+from tokenconv.blocks.attention.inception import InceptionMixer, SplitTransposeAttention
+from tokenconv.blocks.attention.linear import (
+    AdditiveAttention,
+    FactorisedAttention,
+    LiteMultiScaleAttention,
+)
+from tokenconv.blocks.attention.mobilevit import MobileViT, MobileViTV2
+from tokenconv.blocks.attention.nextvit import ConvAttention, EfficientAttention
 from tokenconv.blocks.attention.projection import ConvProjectionAttention, PoolingAttention
 from tokenconv.blocks.attention.reduction import (
     LightweightAttention,
@@ -17,12 +24,21 @@ from tokenconv.blocks.attention.windows import (
     LePEAttention,
 )
 from tokenconv.blocks.catalogue.rows import Sites, everywhere, row
+from tokenconv.blocks.fragments import branch_of
 from tokenconv.blocks.registry import BlockInfo, Paper
 
 
 def _attn(factory: Any) -> Sites:
     return everywhere(factory, "replace_attn", "beside_attn")
 
+
+def _mixer(factory: Any) -> Sites:
+    """Of a block on maps, which prefix tokens get nothing from there."""
+    branch = branch_of(factory, residual=False, stride=1, out_dim=None)
+    return everywhere(branch, "replace_attn", "beside_attn")
+
+
+_MAPS: Mapping[str, Any] = {"kind": "maps", "prefix_policy": "pass unchanged"}
 
 ATTENTION: Mapping[str, BlockInfo] = {
     "cvt_attn": row(
@@ -139,5 +155,88 @@ ATTENTION: Mapping[str, BlockInfo] = {
         macs="N*(4*C*C + K*K*C) + 2*N*N*C",
         prefix_policy="attend, and get nothing from the convolution",
         sites=_attn(LePEAttention),
+    ),
+    "lite_mla": row(
+        "attention",
+        LiteMultiScaleAttention,
+        Paper("EfficientViT (MIT)", "2205.14756", source="efficientvit_mit"),
+        formula="BN(proj(q (k^T v) / (q sum(k)))), q, k = ReLU, of Linear(x) and conv1x1(DWConv("
+        "Linear(x)))",
+        params="5*C*C + 3*K*K*C + 3*C*C//n + 2*C",
+        macs="N*(5*C*C + 3*K*K*C + 3*C*C//n + 4*C*(C//n + 1))",
+        sites=_attn(LiteMultiScaleAttention),
+    ),
+    "additive_attn": row(
+        "attention",
+        AdditiveAttention,
+        Paper("SwiftFormer", "2303.15446", source="swiftformer"),
+        formula="proj(Linear(sum(a q) k) + q), a = q w, q, k = Linear(x), all of length 1",
+        params="4*C*C + 5*C",
+        macs="N*(4*C*C + C)",
+        prefix_policy="take part",
+        sites=_attn(AdditiveAttention),
+    ),
+    "nextvit_attn": row(
+        "attention",
+        EfficientAttention,
+        Paper("Next-ViT, E-MHSA", "2207.05501", source="nextvit"),
+        formula="proj(softmax(q k^T) v), q = Linear(x), k, v = Linear(BN(mean)) of runs of "
+        "s*s tokens",
+        params="4*C*C + 6*C",
+        macs="N*2*C*C + M*2*C*C + 2*N*M*C",
+        sites=_attn(EfficientAttention),
+    ),
+    "nextvit_conv": row(
+        "attention",
+        ConvAttention,
+        Paper("Next-ViT, MHCA", "2207.05501", source="nextvit"),
+        formula="conv1x1(ReLU(BN(conv(x)))), in groups of w channels",
+        params="K*K*C*w + 2*C + C*O",
+        macs="N*(K*K*C*w + C*O)",
+        sites=_mixer(ConvAttention),
+        **_MAPS,
+    ),
+    "mobilevit": row(
+        "attention",
+        MobileViT,
+        Paper("MobileViT", "2110.02178", source="mobilevit"),
+        formula="conv([x, conv1x1(Transformer(conv1x1(conv(x))))]) with BN and SiLU, between "
+        "pixels at the same place of all 2 x 2 patches",
+        params="45*C*C + 30*C",
+        macs="N*(45*C*C + 4*M*C)",
+        sites=_mixer(MobileViT),
+        **_MAPS,
+    ),
+    "mobilevitv2": row(
+        "attention",
+        MobileViTV2,
+        Paper("MobileViTv2", "2206.02680", source="mobilevitv2"),
+        formula="BN(conv1x1(Transformer(conv1x1(SiLU(BN(DWConv(x))))))), its attention "
+        "conv1x1(ReLU(v) sum(softmax(s) k))",
+        params="16*C*C + (K*K + 28)*C + 2",
+        macs="N*(16*C*C + K*K*C + 2*C)",
+        sites=_mixer(MobileViTV2),
+        **_MAPS,
+    ),
+    "sdta": row(
+        "attention",
+        SplitTransposeAttention,
+        Paper("EdgeNeXt", "2206.10589", source="edgenext"),
+        formula="x + g Linear(GELU(Linear(LN(y + g XCA(LN(y)))))), y = [DWConv(x1), x2] + position",
+        params="12*C*C + 85*C + n",
+        macs="N*(12*C*C + 2*C*C//n + 64*C + K*K*C//2)",
+        sites=_mixer(SplitTransposeAttention),
+        **_MAPS,
+    ),
+    "inception_mixer": row(
+        "attention",
+        InceptionMixer,
+        Paper("iFormer", "2205.12956", source="iformer"),
+        formula="conv1x1(y + DWConv(y)), y = [GELU(DWConv(conv1x1(a))), GELU(conv1x1(maxpool(b))), "
+        "attention of means of s x s tokens of c], [a, b, c] = x",
+        params="5*C*C//2 + K*K*C//2 + 15*C",
+        macs="N*(7*C*C//4 + K*K*C//2 + 27*C//2) + M*(3*C*C//4 + M*C)",
+        sites=_mixer(InceptionMixer),
+        **_MAPS,
     ),
 }
