@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokenconv.blocks.catalogue.adapters import ADAPTERS
+from tokenconv.blocks.catalogue.attention import ATTENTION
 from tokenconv.blocks.catalogue.feed_forwards import FEED_FORWARDS
 from tokenconv.blocks.catalogue.mixers import MIXERS
 from tokenconv.blocks.catalogue.positions import POSITIONS
@@ -17,7 +18,15 @@ from tokenconv.blocks.registry import BlockInfo
 from tokenconv.errors import UnknownNameError
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
-    {**FEED_FORWARDS, **MIXERS, **POSITIONS, **ADAPTERS, **SEPARABLE, **STEMS}
+    {
+        **FEED_FORWARDS,
+        **MIXERS,
+        **ATTENTION,
+        **POSITIONS,
+        **STEMS,
+        **ADAPTERS,
+        **SEPARABLE,
+    }
 )
 
 

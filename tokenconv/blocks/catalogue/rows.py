@@ -25,6 +25,11 @@ _USUAL: Mapping[str, Mapping[str, Any]] = {
         "prefix_policy": "take part",
         "parity_test": "test_adapters.py::test_adapter_is_that_of_its_paper",
     },
+    "attention": {
+        "kind": "tokens",
+        "prefix_policy": "attend, unconvolved",
+        "parity_test": "test_attention.py::test_attention_is_that_of_its_paper",
+    },
     "separable": {
         "kind": "maps",
         "prefix_policy": "pass unchanged",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official import mixers, sources, stems
-from tokenconv.blocks.official.sources import Renames, Source
+from tokenconv.blocks.official import attention, mixers, sources, stems
+from tokenconv.blocks.official.renames import Renames, Source
 from tokenconv.errors import CheckpointError, UnknownNameError
 
 __all__ = ["SOURCES", "load_official"]
@@ -23,7 +23,7 @@ def _joined(*parts: Mapping[str, Source]) -> Mapping[str, Source]:
     }
 
 
-SOURCES = _joined(sources.SOURCES, mixers.SOURCES, stems.SOURCES)
+SOURCES = _joined(sources.SOURCES, mixers.SOURCES, attention.ATTENTION, stems.SOURCES)
 """By the name of a model: the blocks it has, and what its keys are called in them."""
 
 

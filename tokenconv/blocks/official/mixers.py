@@ -1,10 +1,8 @@
 """What keys of the papers' repositories are called here: mixers."""
 
-from collections.abc import Mapping
-
 from torch import nn
 
-from tokenconv.blocks.official.sources import Renames, Source
+from tokenconv.blocks.official.renames import Renames, Sources
 from tokenconv.blocks.reparam import DILATIONS
 
 
@@ -103,7 +101,7 @@ def _sam(block: nn.Module) -> Renames:
     }
 
 
-SOURCES: Mapping[str, Source] = {
+SOURCES: Sources = {
     "metaformer": {
         "sep_conv": {
             "pwconv1": "body.pwconv1",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from tokenconv.blocks.official.sources import Renames, Source
+from tokenconv.blocks.official.renames import Renames, Sources
 
 _EMBED: Renames = {"proj": "body.proj", "norm": "body.norm", "layer_norm": "body.norm"}
 
@@ -102,7 +102,7 @@ def _spatial_prior() -> Renames:
     return names | {f"fc{i + 1}": f"proj.{i}" for i in range(4)}
 
 
-SOURCES: Mapping[str, Source] = {
+SOURCES: Sources = {
     "pvtv2": {"patch_embed": _EMBED},
     "segformer": {"patch_embed": _EMBED},
     "transnext": {"patch_embed": _EMBED},
