@@ -62,7 +62,9 @@ def test_traced_by_fx(case, plain, block, site, disturb_):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("block", ["mbconv", "conv_lora", "condconv"])
+@pytest.mark.parametrize(
+    "block", ["mbconv", "conv_lora", "condconv", "focal_modulation", "sam", "unireplknet_block"]
+)
 @torch.no_grad()
 def test_exported_for_any_batch_and_size(block, disturb_):
     vit = timm.create_model("test_vit", dynamic_img_size=True).eval()
