@@ -604,8 +604,7 @@ def test_attention_sees_all_frames_and_convolution_one(name):
     out = block(torch.cat([one, one], 1), tc.TokenGrid((2, 4, 6)))
     assert out.shape == (2, 48, DIM)
     torch.testing.assert_close(out[:, :24], out[:, 24:], rtol=1e-9, atol=1e-9)
-    sums = ("mdta", "xca", "coat_attn", "lite_mla", "additive_attn")  # over tokens, not means
-    if name not in sums:
+    if name not in ("lite_mla", "additive_attn"):  # a constant beside sums, a sum that is no mean
         torch.testing.assert_close(out[:, :24], block(one, 4, 6), rtol=1e-9, atol=1e-9)
 
 
@@ -634,6 +633,7 @@ def test_attention_is_traced_takes_no_image_and_bfloat16(name):
 @pytest.mark.parametrize("name", ROWS)
 @torch.no_grad()
 def test_exported_for_any_batch_and_size(name):
+    """Windows and patches divide all of them."""
     block = randomize_(tc.create_block(name, DIM)).eval()
 
     class Model(torch.nn.Module):
@@ -649,8 +649,8 @@ def test_exported_for_any_batch_and_size(name):
 
     auto = torch.export.Dim.AUTO
     shapes = {"fmap": {0: auto, 2: auto, 3: auto}}
-    program = torch.export.export(Model(), (draw(3, 16, 12),), dynamic_shapes=shapes).module()
-    for size in ((2, 8, 20), (5, 14, 14)):
+    program = torch.export.export(Model(), (draw(3, 14, 28),), dynamic_shapes=shapes).module()
+    for size in ((2, 28, 42), (5, 28, 14)):
         fmap = draw(*size)
         torch.testing.assert_close(program(fmap), Model()(fmap), rtol=1e-4, atol=1e-4)
 
@@ -676,7 +676,7 @@ def test_exported_for_any_batch_and_size(name):
         ("sdta", {"num_scales": 1}, "expected num_scales >= 2 that cut dim=24, got 1"),
         ("sdta", {"stride": 2}, "out_dim == dim and stride 1"),
         ("inception_mixer", {"attention_heads": 2}, "attention_heads=2 of 2"),
-        ("nextvit_conv", {"head_dim": 7}, "groups to divide"),
+        ("nextvit_conv", {"head_dim": 7}, "expected head_dim that divides dim=24, got 7"),
     ],
 )
 def test_bad_arguments(name, kwargs, message):

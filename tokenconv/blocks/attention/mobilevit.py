@@ -193,8 +193,8 @@ def _resized_to(fmap: Tensor, like: Tensor, align_corners: bool) -> Tensor:
 
 
 def _resized(fmap: Tensor, size: list[int], align_corners: bool) -> Tensor:
-    if list(fmap.shape[2:]) == size or not len(fmap):
-        return fmap.new_empty(*fmap.shape[:2], *size) if not len(fmap) else fmap
+    if list(fmap.shape[2:]) == size:
+        return fmap
     return F.interpolate(fmap, size, mode="bilinear", align_corners=align_corners)
 
 

@@ -35,9 +35,11 @@ class ConvAttention(MapBlock):
         self, dim: int, out_dim: int, side: int, stride: int, head_dim: int | None = None
     ) -> Steps:
         """See the class."""
-        width = head_dim or max(d for d in range(1, min(dim, 32) + 1) if dim % d == 0)
+        width = max(d for d in range(1, 33) if dim % d == 0) if head_dim is None else head_dim
+        if width < 1 or dim % width:
+            raise ValueError(f"expected head_dim that divides {dim=}, got {head_dim}")
         return {
-            "conv": conv(dim, dim, side, stride=stride, groups=max(dim // width, 1)),
+            "conv": conv(dim, dim, side, stride=stride, groups=dim // width),
             "norm": nn.BatchNorm2d(dim),
             "act": nn.ReLU(),
             "project": conv(dim, out_dim),

@@ -3,6 +3,8 @@
 Shape letters: B batch, N tokens, M tokens of a window, C channels, n heads, s side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -177,11 +179,12 @@ def attend_in_windows(
     """Attention of the tokens of a window to each other and to the prefix tokens.
 
     Prefix tokens see all tokens. Windows that the grid does not fill are filled up with what is not
-    seen. The frames of a video have windows of their own.
+    seen; a compiled graph takes grids that do, or grids that do not. The frames of a video have
+    windows of their own.
     """
     prefix = TokenGrid.of(*grid).num_prefix_tokens
     inside = [to_windows(part, grid, window) for part in (q, k, v)]
-    num_windows = len(inside[0]) // max(len(q), 1)
+    num_windows = _count(grid, window)
     qs, ks, vs = (part.flatten(2).transpose(1, 2) for part in inside)
     if prefix:
         fronts = [part[:, :prefix].repeat_interleave(num_windows, 0) for part in (k, v)]
@@ -223,13 +226,20 @@ def _sides(grid: tuple[Grid, ...], window: Window) -> tuple[int, int, int, int]:
     return rows, cols, -height % rows, -width % cols
 
 
+def _count(grid: tuple[Grid, ...], window: Window) -> int:
+    """Windows of an image, or of all frames of a video."""
+    rows, cols, down, right = _sides(grid, window)
+    *frames, height, width = TokenGrid.of(*grid).size
+    return math.prod(frames) * ((height + down) // rows) * ((width + right) // cols)
+
+
 def _seen(x: Tensor, grid: tuple[Grid, ...], window: Window) -> Tensor | None:
     """Which keys of every window are tokens, if not all are."""
     _, _, down, right = _sides(grid, window)
     if not (down or right):
         return None
     full = TokenGrid.of(*grid)
-    ones = x.new_ones(len(x), full.num_positions, 1)
+    ones = x.new_ones(x.shape[0], full.num_positions, 1)
     inside = to_windows(ones, (TokenGrid(full.size),), window).flatten(2) > 0
     return F.pad(inside, (full.num_prefix_tokens, 0), value=True)[:, None]
 
