@@ -11,12 +11,13 @@ from torch import nn
 
 import tokenconv as tc
 from tokenconv.blocks.adapters import Adapter
+from tokenconv.blocks.attention.base import Attention
 from tokenconv.blocks.feed_forward import FeedForward
 from tokenconv.blocks.ffn import MultiScaleFFN
 from tokenconv.layers import StarReLU
 
 ROOT = Path(__file__).parents[2]
-TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind != "scales"]
+TOKEN_BLOCKS = [name for name, info in tc.BLOCKS.items() if info.kind in ("tokens", "maps")]
 ENTRIES = [(name, paper) for name, info in tc.BLOCKS.items() for paper in info.papers]
 
 
@@ -32,7 +33,8 @@ ENTRIES = [(name, paper) for name, info in tc.BLOCKS.items() for paper in info.p
 def test_token_blocks_keep_the_shape_and_the_batch_apart(name, batch, rows, cols, prefix, dim):
     torch.manual_seed(0)
     block = tc.create_block(name, dim=dim).double().eval()
-    grid = tc.TokenGrid((rows, cols), prefix)
+    least = getattr(block, "sr_ratio", 1)
+    grid = tc.TokenGrid((max(rows, least), max(cols, least)), prefix)
     x = torch.randn(batch, grid.num_tokens, dim, dtype=torch.float64)
     out = block(x, grid)
     assert out.shape == x.shape
@@ -63,6 +65,7 @@ def symbols_of(name, block):
     settings = {
         "inverted_residual": {"h": 6 * C},
         "mbconv": {"h": 6 * C},
+        "uib": {"h": 4 * C},
         "shufflenetv1": {"w": C // 4},
         "pydmobilenet": {"w": C // 2},
         "esp": {"w": C // 5},
@@ -71,13 +74,30 @@ def symbols_of(name, block):
         "condconv": {"E": 4},
         "conv_lora": {"w": 3, "E": 8},
         "conv_adapter": {"w": C // 8},
+        "cct_tokenizer": {"w": 64},
+        "ceit_stem": {"w": 64},
+        "cmt_stem": {"w": 32},
+        "conv2former_stem": {"w": C // 2},
+        "mobilevit_stem": {"w": 16},
+        "spatial_prior": {"w": 64},
+        "nextvit_conv": {"w": C},
+        "mobilevit": {"M": 4 * 6 // 4},
+        "inception_mixer": {"M": 4 * 6 // 4},
+        "sdta": {"n": 1},
+        "lite_mla": {"K": 5},
     }.get(name, {})
     if isinstance(block, FeedForward):
         settings["h"] = block.hidden_dim_of(C, block.mlp_ratio)
     if isinstance(block, Adapter) and "w" not in settings:
         settings["w"] = block.width
-    side = getattr(block, "kernel_size", 3)
-    return {"C": C, "O": C, "K": side if isinstance(side, int) else None, **settings}
+    usual = 7 if name in ("cct_tokenizer", "shunted_stem") else 3
+    side = getattr(block, "kernel_size", usual)
+    if isinstance(block, Attention):
+        shrink = getattr(block, "sr_ratio", getattr(block, "stride_kv", 2))
+        settings["n"], settings["s"] = block.num_heads, shrink
+        settings["M"] = 4 * 6 if name == "cswin_attn" else 4 * 6 // shrink**2
+    known = {"C": C, "O": C, "I": 3, "H": 4, "W": 6, "N": 4 * 6}
+    return {**known, "K": side if isinstance(side, int) else None, **settings}
 
 
 class OnImages(nn.Module):
@@ -99,9 +119,14 @@ class OnImages(nn.Module):
 def test_the_formulas_of_a_row_are_what_the_block_counts(name):
     info = tc.BLOCKS[name]
     block = tc.create_block(name, dim=C)
-    known = {**symbols_of(name, block), "N": 4 * 6}
+    known = symbols_of(name, block)
+    if info.kind == "stem":
+        model, size = block, (3, 64, 96)
+        known["N"] = block(torch.zeros(1, *size))[0].shape[1]
+    else:
+        model, size = OnImages(block), (C, 4, 6)
     assert eval(info.params, {}, known) == sum(p.numel() for p in block.parameters())
-    assert eval(info.macs, {}, known) == tc.cost(OnImages(block), (C, 4, 6)).macs
+    assert eval(info.macs, {}, known) == tc.cost(model, size).macs
 
 
 @pytest.mark.parametrize(("name", "paper"), ENTRIES, ids=[f"{n}-{p.name}" for n, p in ENTRIES])

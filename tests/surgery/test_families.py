@@ -23,7 +23,7 @@ BLOCK_FOR = {
     for site in info.sites
     if name != "conv_lora"  # which chooses by chance in training
 }
-EXACT_SITES = [site for site in SITES if site in BLOCK_FOR and site != "replace_attn"]
+EXACT_SITES = [site for site in SITES if site in BLOCK_FOR and "replace" not in site]
 
 
 def everywhere(model, size):

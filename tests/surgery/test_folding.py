@@ -248,3 +248,25 @@ def test_folding_is_refused_in_training_mode_and_without_an_insertion(vit):
     tc.insert_(vit, "mix_ffn")
     with pytest.raises(tc.SurgeryError, match=r"call model.eval\(\) first"):
         fold_(vit.train())
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+@pytest.mark.parametrize("site", ["beside_attn", "beside_mlp", "replace_attn"])
+@pytest.mark.parametrize(
+    "block", ["rep_mixer", "repvit_mixer", "dilated_reparam", "replknet_block", "unireplknet_block"]
+)
+@torch.no_grad()
+def test_branches_of_mixers_become_one_kernel_and_come_out_again(case, block, site, disturb_):
+    plain = case.build().double().eval()
+    images = case.images(dtype=torch.float64)
+    original = plain(images)
+    model = tc.insert_(plain, block, site=site, allow_change=True)
+    disturb_(model).train()(images)  # norms see something
+    before = model.eval()(images)
+    report = fold_(model)
+    assert not report.kept
+    assert set(report.folded) == set(inserted_modules(model))
+    assert relative(model(images), before) < 1e-12
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), model(images))
+    assert not fold_(model).folded
+    torch.testing.assert_close(tc.remove_(model)(images), original, rtol=0, atol=0)

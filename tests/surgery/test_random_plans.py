@@ -41,7 +41,7 @@ def random_plan(model, size, parts):
             made = tc.plan(model, block, site=site, blocks=blocks, kernel_size=kernel_size,
                            input_size=(3, *size), allow_change=True)  # fmt: skip
             joined = made if joined is None else joined + made
-        except tc.SurgeryError:
+        except (tc.SurgeryError, ValueError):  # no such site, or no such kernel
             continue
     return joined
 

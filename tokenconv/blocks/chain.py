@@ -178,8 +178,11 @@ def init_linears_(module: nn.Module) -> None:
 
 
 def init_pvt_(module: nn.Module) -> None:
-    """As ``init_linears_``, convolutions from a normal of std ``sqrt(2) / K``, biases zero."""
-    _init_(module, linear=_truncated_, conv=_by_kernel_)
+    """As ``init_linears_``, depthwise kernels from a normal of std ``sqrt(2) / K``.
+
+    Other convolutions from one of std ``sqrt(2 / (K*K*outputs))``, all biases zero.
+    """
+    _init_(module, linear=_truncated_, conv=_by_group_)
 
 
 def init_pvt_convs_(module: nn.Module) -> None:
@@ -195,6 +198,11 @@ def init_truncated_(module: nn.Module) -> None:
 def init_kaiming_(module: nn.Module) -> None:
     """Everything from a Kaiming normal over the outputs, gain ``sqrt(2)``, biases zero."""
     _init_(module, linear=_kaiming_, conv=_kaiming_)
+
+
+def init_kaiming_convs_(module: nn.Module) -> None:
+    """As ``init_linears_``, convolutions from a Kaiming normal over the outputs, biases zero."""
+    _init_(module, linear=_truncated_, conv=_kaiming_)
 
 
 def init_by_group_(module: nn.Module) -> None:

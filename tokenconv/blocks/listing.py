@@ -12,21 +12,34 @@ _INTRODUCTION = """# Blocks
 Made by `tokenconv list --markdown > BLOCKS.md`; do not edit. One row per paper.
 
 `tc.create_block(name, dim, **arguments)` builds one; `nn` is `torch.nn`, and `StarReLU` is in
-`tokenconv.layers`. C is `dim`, O the channels that come out, h
-the hidden width, w that of a bottleneck, K the kernel side, E the experts, N the tokens on the
-grid. Parameters and multiply-accumulates (for one image) are those of the block as it is built
-without arguments. Sites are where `tc.insert_` puts it (`site=`), the usual one first. `source=` is
-for `tc.load_official`, which takes weights under the keys of that paper's repository. Every block
-is compared with code we did not write, or with a reference written from the paper's facts, in the
-test that its row links to.
+`tokenconv.layers`. C is `dim`, O the channels that come out, h the hidden width, w that of a
+bottleneck, K the kernel side, E the experts, N the tokens on the grid of H rows and W columns, n
+the heads, s the side of squares or windows, M the keys that a token sees; of a stem, I channels
+come in, and C and N come out. Parameters and multiply-accumulates (for one image) are those of the
+block as it is built without arguments. Sites are where `tc.insert_` puts it (`site=`), the usual
+one first. `source=` is for `tc.load_official`, which takes weights under the keys of that paper's
+repository. Every block is compared with code we did not write, or with a reference written from the
+paper's facts, in the test that its row links to.
 """
 _GROUPS = {
     "ffn": ("Feed-forwards", "In place of the MLP of a Transformer block, or beside it."),
     "position": ("Position and local", "In front of a block, or beside its parts."),
+    "mixer": (
+        "Mixers",
+        "In place of attention or beside it, on maps `(B, C, H, W)` and on tokens.",
+    ),
+    "attention": (
+        "Attention with convolution",
+        "In place of attention, or beside it; without a residual unless the formula has one.",
+    ),
     "adapter": ("Adapters", "Trained beside or behind what is frozen."),
     "separable": (
         "Depthwise separable family",
         "On maps `(B, C, H, W)` and on tokens, most with `out_dim` and `stride`.",
+    ),
+    "stem": (
+        "Stems",
+        "`stem(images)` gives `(tokens, TokenGrid)`; in place of a patch embedding.",
     ),
 }
 _COLUMNS = (

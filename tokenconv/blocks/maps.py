@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, N tokens = P prefix + grid, K kernel side.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -105,12 +106,7 @@ class MapBlock(GridModule):
     def init_neutral_(self) -> None:
         """Make what the steps give zero, by the last of them; the others start anew."""
         type(self).reset_parameters(self)
-        last: Any = [step for step in self.body if next(step.parameters(), None) is not None][-1]
-        if hasattr(last, "init_neutral_"):
-            last.init_neutral_()
-            return
-        for parameter in last.parameters():
-            nn.init.zeros_(parameter)
+        silence_(self.body)
 
     def run(self, fmap: Tensor) -> Tensor:
         """Run on a map."""
@@ -122,15 +118,16 @@ class MapBlock(GridModule):
     def forward(self, x: Tensor, *grid: Grid) -> Any:
         """Run on a map, or on tokens and their grid; see the class."""
         if not grid:
-            return self.run(_checked(x, self.dim))
-        fmap = self.run(_lay_out(x, grid, self.dim))
-        tokens = _line_up(fmap, x, grid, self.prefix_tokens)
-        return tokens if self.stride == 1 else (tokens, _grid_behind(fmap, grid))
+            return self.run(checked(x, self.dim))
+        fmap = self.run(lay_out(x, grid, self.dim))
+        tokens = line_up(fmap, x, grid, self.prefix_tokens)
+        return tokens if self.stride == 1 else (tokens, grid_behind(fmap, grid))
 
     def fold_(self) -> bool:
         """Fold every ``BatchNorm`` into the convolution in front of it, in place, for inference.
 
-        Equal in real arithmetic; the norms' keys go with them.
+        Branches that merge become one convolution first. Equal in real arithmetic; the keys of
+        what is folded go with it.
 
         Returns:
             Whether anything changed.
@@ -138,13 +135,64 @@ class MapBlock(GridModule):
         Raises:
             ValueError: In training mode, or if values are stored in fewer than 32 bits.
         """
-        check_foldable(self)
-        folded = [_fold_norms_(m) for m in self.modules() if isinstance(m, nn.Sequential)]
-        return any(folded)
+        return fold_convs_(self)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"{self.dim}, {self.out_dim}, stride={self.stride}"
+
+
+class Mixer(MapBlock):
+    """A block on maps that keeps width and size, as what stands in place of attention does.
+
+    Args besides those of ``MapBlock``, without ``out_dim`` and ``stride``:
+        **own: Arguments that only one block has.
+
+    Raises:
+        ValueError: As ``MapBlock``, and if ``out_dim`` is not ``dim`` or the stride is not one.
+    """
+
+    def steps(self, dim: int, out_dim: int, side: Any, stride: int, **own: Any) -> Steps:
+        """See ``mix``."""
+        if out_dim != dim or stride != 1:
+            raise ValueError(
+                f"expected out_dim == dim and stride 1, since {type(self).__name__} keeps width "
+                f"and size, got {dim=}, {out_dim=}, {stride=}"
+            )
+        return self.mix(dim, side, **own)
+
+    def mix(self, dim: int, side: Any) -> Steps:
+        """The paper's steps, in their order."""
+        raise NotImplementedError
+
+
+def silence_(part: Any) -> None:
+    """Make what a module gives zero, by the last layers that have parameters."""
+    if hasattr(part, "init_neutral_"):
+        part.init_neutral_()
+    elif type(part) is nn.Sequential:
+        silence_([step for step in part if next(step.parameters(), None) is not None][-1])
+    else:
+        for parameter in part.parameters():
+            nn.init.zeros_(parameter)
+
+
+def fold_convs_(module: nn.Module) -> bool:
+    """Merge branches, and fold every norm behind a convolution into it; see ``MapBlock.fold_``."""
+    check_foldable(module)
+    merged = [_merge_(row) for row in _rows(module)]
+    return any(merged + [_fold_norms_(row) for row in _rows(module)])
+
+
+def _rows(block: nn.Module) -> list[nn.Sequential]:
+    return [part for part in block.modules() if isinstance(part, nn.Sequential)]
+
+
+def _merge_(row: nn.Sequential) -> bool:
+    mergeable = {name: step for name, step in row.named_children() if hasattr(step, "merged")}
+    for name, step in mergeable.items():
+        row._modules[name] = step.merged()  # pyright: ignore[reportCallIssue]
+    return bool(mergeable)
 
 
 def _fold_norms_(row: nn.Sequential) -> bool:
@@ -161,7 +209,8 @@ def _fold_norms_(row: nn.Sequential) -> bool:
     return bool(norms)
 
 
-def _checked(fmap: Tensor, dim: int) -> Tensor:
+def checked(fmap: Tensor, dim: int) -> Tensor:
+    """A map, if it is one of this width."""
     if fmap.ndim != 4 or fmap.shape[1] != dim:
         raise GridError(
             f"expected a map (B, {dim}, H, W), or tokens and their grid, block(x, H, W); got a "
@@ -170,7 +219,7 @@ def _checked(fmap: Tensor, dim: int) -> Tensor:
     return fmap
 
 
-def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
+def lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     """Tokens as maps, the frames of a video as images by themselves."""
     known = TokenGrid.of(*grid)
     known.check(x)
@@ -178,10 +227,10 @@ def _lay_out(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
     spatial = x[:, known.num_prefix_tokens :]
     # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
     fmaps = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, x.shape[2])
-    return _checked(fmaps.permute(0, 3, 1, 2), dim)
+    return checked(fmaps.permute(0, 3, 1, 2), dim)
 
 
-def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
+def line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Tensor:
     """Maps as tokens, behind the prefix tokens of ``x``."""
     known = TokenGrid.of(*grid)
     count = math.prod((*known.size[:-2], *fmap.shape[2:]))
@@ -198,17 +247,13 @@ def _line_up(fmap: Tensor, x: Tensor, grid: tuple[Grid, ...], policy: str) -> Te
     return torch.cat([first.to(tokens.dtype), tokens], dim=1)
 
 
-def _grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+def grid_behind(fmap: Tensor, grid: tuple[Grid, ...]) -> TokenGrid:
+    """The grid of tokens that a map was made of."""
     known = TokenGrid.of(*grid)
     return TokenGrid((*known.size[:-2], *fmap.shape[-2:]), known.num_prefix_tokens)
 
 
-for _checks in (
-    "_checked",
-    "_lay_out",
-    "_line_up",
-    "_grid_behind",
-):  # which cannot be traced symbolically
+for _checks in ("checked", "lay_out", "line_up", "grid_behind"):  # they cannot be traced
     torch.fx.wrap(_checks)
 
 
@@ -218,14 +263,14 @@ for _checks in (
 def conv(
     dim: int,
     out_dim: int,
-    side: int = 1,
+    side: int | tuple[int, int] = 1,
     *,
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
     bias: bool = False,
 ) -> nn.Conv2d:
-    """A convolution, zero-padded by half its reach.
+    """A convolution, zero-padded by half its reach; ``side`` may be rows and columns.
 
     Raises:
         ValueError: If a number is not positive, or ``groups`` does not divide both widths.
@@ -237,21 +282,53 @@ def conv(
         )
     if dim % groups or out_dim % groups:
         raise ValueError(f"expected groups to divide {dim=} and {out_dim=}, got {groups=}")
+    rows, cols = (side, side) if isinstance(side, int) else side
     return nn.Conv2d(
         dim,
         out_dim,
-        side,
+        (rows, cols),
         stride=stride,
-        padding=dilation * (side // 2),
+        padding=(dilation * (rows // 2), dilation * (cols // 2)),
         dilation=dilation,
         groups=groups,
         bias=bias,
     )
 
 
-def depthwise(dim: int, side: int = 3, **kwargs: Any) -> nn.Conv2d:
+def depthwise(dim: int, side: int | tuple[int, int] = 3, **kwargs: Any) -> nn.Conv2d:
     """A convolution in which channels do not see each other."""
     return conv(dim, dim, side, groups=dim, **kwargs)
+
+
+def conv_norm(
+    dim: int, out_dim: int, side: int = 1, *, act: nn.Module | None = None, **kwargs: Any
+) -> nn.Sequential:
+    """A convolution, a norm, and an activation if there is one."""
+    steps = {"conv": conv(dim, out_dim, side, **kwargs), "norm": nn.BatchNorm2d(out_dim)}
+    return nn.Sequential(OrderedDict(steps if act is None else {**steps, "act": act}))
+
+
+def depthwise_norm(dim: int, side: int, *, act: nn.Module | None = None, **kwargs: Any) -> Any:
+    """The same with a depthwise convolution."""
+    return conv_norm(dim, dim, side, act=act, groups=dim, **kwargs)
+
+
+def divisible(width: float, divisor: int = 8, limit: float = 0.9) -> int:
+    """The nearest multiple of a number, at least that, and not below ``limit`` of the width."""
+    near = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return near + divisor if near < limit * width else near
+
+
+def squeeze_excite(dim: int, width: int, act: nn.Module) -> nn.Module:
+    """Squeeze-and-excitation, https://arxiv.org/abs/1709.01507."""
+    return Gated(
+        OrderedDict(
+            reduce=conv(dim, width, bias=True),
+            act=act,
+            expand=conv(width, dim, bias=True),
+            gate=nn.Sigmoid(),
+        )
+    )
 
 
 def projection(dim: int, out_dim: int, stride: int) -> nn.Module:
@@ -269,6 +346,14 @@ class Gated(nn.Sequential):
         return input * super().forward(input.mean((2, 3), keepdim=True))
 
 
+class Residual(nn.Sequential):
+    """``x`` plus what the steps make of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the steps, and add."""
+        return input + super().forward(input)
+
+
 class Parallel(nn.Module):
     """What several modules make of the same map, one behind the other in the channels, or added.
 
@@ -282,10 +367,15 @@ class Parallel(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.add = add
 
+    def init_neutral_(self) -> None:
+        """Make the output zero."""
+        for branch in self.branches:
+            silence_(branch)
+
     def forward(self, x: Tensor) -> Tensor:
         """Run all on the same map."""
         outs = [branch(x) for branch in self.branches]
-        return torch.stack(outs).sum(0) if self.add else torch.cat(outs, dim=1)
+        return reduce(torch.add, outs) if self.add else torch.cat(outs, dim=1)
 
 
 class Split(nn.Module):

@@ -31,13 +31,16 @@ class BlockInfo:
     """What there is to know about a block without building it.
 
     ``formula``, ``params`` and ``macs`` speak of C channels and O that come out, h hidden ones, K
-    kernel side, w width of a bottleneck, E experts, N tokens on the grid.
+    kernel side, w width of a bottleneck, E experts, N tokens on the grid; of attention also n
+    heads, s side of squares or windows, M keys that a token sees; of a stem, I channels come in, C
+    and N come out.
     """
 
     factory: Callable[..., nn.Module]
     """``factory(dim, **kwargs)`` builds the whole block."""
     group: str
-    """Where it stands: ``ffn``, ``position``, ``adapter`` or ``separable``."""
+    """Where it stands: ``ffn``, ``mixer``, ``attention``, ``position``, ``stem``, ``adapter`` or
+    ``separable``."""
     papers: tuple[Paper, ...]
     """The papers that have it, its source first."""
     formula: str
@@ -48,9 +51,10 @@ class BlockInfo:
     """Multiply-accumulates for one image, as a Python expression."""
     prefix_policy: str
     """What happens to class and register tokens."""
-    kind: Literal["tokens", "maps", "scales"]
-    """``tokens`` blocks obey ``forward(x, *grid)`` on any grid; ``maps`` blocks do on one full
-    grid, and take maps ``(B, C, H, W)`` without a grid; ``scales`` take several maps."""
+    kind: Literal["tokens", "maps", "scales", "stem"]
+    """``tokens`` blocks obey ``forward(x, *grid)``; ``maps`` blocks do on one full grid, and take
+    maps ``(B, C, H, W)`` without a grid; ``scales`` take several maps; a ``stem`` takes images
+    ``(B, I, H, W)`` and gives tokens ``(B, N, C)`` and their grid, as a pair."""
     parity_test: str
     """The pytest node that proves the block equal to code we did not write."""
     sites: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)

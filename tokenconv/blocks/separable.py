@@ -3,7 +3,6 @@
 Shape letters: B batch, C channels, O channels that come out, h hidden width, K kernel side.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import ClassVar
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from tokenconv.blocks.chain import Steps, init_by_group_, init_kaiming_
 from tokenconv.blocks.maps import (
     ChannelShuffle,
-    Gated,
     MapBlock,
     Parallel,
     Split,
     conv,
     depthwise,
     projection,
+    squeeze_excite,
 )
 
 
@@ -180,20 +179,9 @@ class MBConv(InvertedResidual):
 def _squeeze_excite(
     hidden: int, dim: int, ratio: float, act: Callable[[], nn.Module]
 ) -> nn.Module | None:
-    """Squeeze-and-excitation, https://arxiv.org/abs/1709.01507."""
     if ratio < 0:
         raise ValueError(f"expected se_ratio >= 0, got {ratio}")
-    if ratio == 0:
-        return None
-    width = max(1, int(dim * ratio))
-    return Gated(
-        OrderedDict(
-            reduce=conv(hidden, width, bias=True),
-            act=act(),
-            expand=conv(width, hidden, bias=True),
-            gate=nn.Sigmoid(),
-        )
-    )
+    return squeeze_excite(hidden, max(1, int(dim * ratio)), act()) if ratio else None
 
 
 class ShuffleNetV1(MapBlock):

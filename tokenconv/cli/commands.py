@@ -189,7 +189,7 @@ def _tell_failures(comparison: Comparison) -> bool:
 
 def _where(args: argparse.Namespace) -> dict[str, Any]:
     """What the words say about a block and where it goes, for ``plan`` and ``insert_``."""
-    allow_change = args.site == "replace_attn"  # asked for by name
+    allow_change = (args.site or "").startswith("replace_")  # asked for by name
     kernel = {} if args.kernel_size is None else {"kernel_size": args.kernel_size}
     where = {"blocks": _blocks(args.blocks), "site": args.site}
     return {**where, "allow_change": allow_change, **kernel}

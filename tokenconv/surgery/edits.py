@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenconv.blocks import block_info
-from tokenconv.errors import SurgeryError
+from tokenconv.errors import GridError, SurgeryError
 from tokenconv.layers import DWConv
 from tokenconv.surgery.binding import (
     GridBinding,
@@ -25,12 +25,13 @@ from tokenconv.surgery.fragments import (
     MergedConv,
     RemovedConv,
     ReplacedAttention,
+    ReplacedPatchEmbed,
     Replacement,
     SparingLayerScale,
     attach,
 )
 from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout, MaskUnits
-from tokenconv.surgery.sites import Place, has_values, locate
+from tokenconv.surgery.sites import SITES, Place, has_values, locate
 
 NONE = "none"
 """The name that stands for no block: it takes out the convolution that an MLP has."""
@@ -81,7 +82,7 @@ def edit_for(model: nn.Module, place: Place, site: str, block: str, kwargs: dict
         SurgeryError: If the block does not fit the site.
         ValueError: If an argument does not fit the block.
     """
-    exact = site not in ("replace_attn", "remove_conv")
+    exact = not site.startswith(("replace_", "remove_"))
     if (block == NONE) != (site == "remove_conv"):
         raise SurgeryError(
             f'{block!r} has no form for {site} at {place.host}; only "none" goes to remove_conv'
@@ -155,7 +156,8 @@ def carry_out(model: nn.Module, edits: Sequence[Edit], plan: Any = None) -> None
     try:
         for edit, block in zip(edits, blocks, strict=True):
             _place(model, edit, block, binding, insertion)
-        _bind(model, [edit.place for edit in edits], binding, insertion)
+        tokens = [edit.place for edit in edits if SITES[edit.site] != "embed"]
+        _bind(model, tokens, binding, insertion)
         insertion.handles.append(model.register_load_state_dict_pre_hook(_accept_plain_checkpoint))
     except BaseException:
         take_back(model)
@@ -215,6 +217,9 @@ def _place(
         model.set_submodule(name, MergedConv(host, block).train(host.training))
     elif edit.site == "replace_attn":
         replaced = ReplacedAttention(host, block, layout)
+        model.set_submodule(name, replaced.train(host.training))
+    elif edit.site == "replace_patch_embed":
+        replaced = ReplacedPatchEmbed(host, block, edit.place.returns)
         model.set_submodule(name, replaced.train(host.training))
     else:
         position = edit.site.partition("_")[0]
@@ -284,7 +289,7 @@ def _block_for(model: nn.Module, edit: Edit) -> nn.Module | None:
     block = _build(edit.place, edit.site, edit.block, edit.kwargs)
     block = block.to(like.dtype).to_empty(device=like.device)
     vars(block)["tokenconv_site"] = edit.site
-    if edit.site == "replace_attn":
+    if edit.site.startswith("replace_"):
         block.reset_parameters()  # pyright: ignore[reportCallIssue]
     else:
         # timm's model.init_weights() calls one of them last, and would leave random kernels
@@ -300,6 +305,8 @@ def _build(place: Place, site: str, block: str, kwargs: Mapping[str, Any]) -> nn
         raise SurgeryError(
             f"{block} has no form for {site}; it goes {' or '.join(fragments) or 'nowhere'}"
         )
+    if SITES[site] == "embed":
+        kwargs = {"in_chans": place.in_chans, **kwargs}
     try:
         with torch.device("meta"):
             return fragments[site](place.dim, **kwargs)
@@ -307,6 +314,25 @@ def _build(place: Place, site: str, block: str, kwargs: Mapping[str, Any]) -> nn
         raise SurgeryError(
             f"{block} at {place.host} does not take these arguments: {error}"
         ) from error
+
+
+def check_stem(edit: Edit, image: tuple[int, int, int], grid: tuple[int, int]) -> None:
+    """Refuse a stem that makes another grid of an image than the patch embedding.
+
+    Raises:
+        SurgeryError: If it does, or cannot take the image.
+    """
+    stem = _build(edit.place, edit.site, edit.block, edit.kwargs)
+    about = f"{edit.block} in place of {edit.place.host}: expected {grid[0]}*{grid[1]} tokens"
+    try:
+        made = tuple(stem.run(torch.empty(2, *image, device="meta")).shape[2:])  # pyright: ignore
+    except (GridError, RuntimeError) as error:
+        raise SurgeryError(f"{about}, but it does not run: {error}") from error
+    if made != grid:
+        raise SurgeryError(
+            f"{about} of an image of {image[1]}x{image[2]}, got {made[0]}*{made[1]}; take other "
+            f"strides"
+        )
 
 
 def _accept_plain_checkpoint(

@@ -1,8 +1,8 @@
 """How an inserted block is fastened to a model, so that every part of the model keeps its name.
 
 A block stands beside, before or after a module as its child, called by a hook of that module; or a
-module of ours takes the place of an activation, a convolution or an attention, and gives it back
-on removal.
+module of ours takes the place of an activation, a convolution, an attention or a patch embedding,
+and gives it back on removal.
 """
 
 from typing import Any, Optional
@@ -13,9 +13,10 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenconv.errors import GridError
 from tokenconv.layers import DWConv
 from tokenconv.surgery.binding import Captured
-from tokenconv.surgery.layouts import Layout
+from tokenconv.surgery.layouts import RETURNS, Layout
 
 
 class Hook:
@@ -270,6 +271,45 @@ class ReplacedAttention(_Vacancy):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Mix the tokens; what attention is told besides (masks, positions) is not needed."""
         return self.layout.call(self.instead, x)
+
+
+class ReplacedPatchEmbed(_Vacancy):
+    """A stem in place of a patch embedding, which still tells the model its sizes."""
+
+    def __init__(self, embed: nn.Module, instead: nn.Module, returns: str):
+        super().__init__(embed)
+        self.instead = instead
+        self.returns = returns
+
+    def forward(self, x: Tensor) -> Any:
+        """The tokens of images, in the layout of the patch embedding."""
+        fmap = self.instead.run(x)  # pyright: ignore[reportCallIssue]
+        _check_size(self, x, fmap)
+        return RETURNS[self.returns](fmap)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original" not in vars(self):  # while it is being copied
+                raise
+            return getattr(self.original.module, name)
+
+
+def _check_size(embed: Any, x: Tensor, fmap: Tensor) -> None:
+    """Refuse an image of which a stem makes other tokens than the model reckons with."""
+    if torch.compiler.is_compiling() or not hasattr(embed, "dynamic_feat_size"):
+        return
+    rows, cols = embed.dynamic_feat_size(tuple(x.shape[2:]))
+    if (rows, cols) != tuple(fmap.shape[2:]):
+        raise GridError(
+            f"expected {rows}*{cols} tokens of an image of {x.shape[2]}x{x.shape[3]}, got "
+            f"{fmap.shape[2]}*{fmap.shape[3]} of the stem; take sizes that the patches of the "
+            f"model divide"
+        )
+
+
+torch.fx.wrap("_check_size")
 
 
 class Unregistered:

@@ -3,6 +3,7 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, H rows, W columns.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +70,15 @@ class MaskUnits:
             )
         x = self.reroll(x, self.index).flatten(1, 2)
         return self.unroll(block(x, rows, cols))
+
+
+RETURNS: Mapping[str, Callable[[Tensor], Any]] = {
+    "tokens": lambda fmap: fmap.flatten(2).transpose(1, 2),
+    "tokens and size": lambda fmap: (fmap.flatten(2).transpose(1, 2), tuple(fmap.shape[2:])),
+    "map": lambda fmap: fmap,
+    "map, channels last": lambda fmap: fmap.permute(0, 2, 3, 1),
+}
+"""What a patch embedding returns of the map ``(B, C, H, W)`` of its tokens."""
 
 
 def halved(side: int, times: int, rounds_up: bool) -> int:

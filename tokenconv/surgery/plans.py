@@ -13,7 +13,14 @@ from tokenconv.blocks import BLOCKS
 from tokenconv.costs import SiteCost, price
 from tokenconv.errors import MeasurementError, SurgeryError, UnknownNameError
 from tokenconv.surgery.accelerate import check_not_accelerated
-from tokenconv.surgery.edits import NONE, Edit, carry_out, edit_for
+from tokenconv.surgery.edits import (
+    NONE,
+    TAKES_THE_PLACE,
+    Edit,
+    carry_out,
+    check_stem,
+    edit_for,
+)
 from tokenconv.surgery.sites import SITES, BlockSites, Place, Survey, survey
 
 FORMAT = 1
@@ -169,7 +176,9 @@ def plan(
         site: Where in a block: ``before_act`` or ``after_act`` (inside the MLP; in a gated one the
             gate half), ``before_mlp``, ``beside_mlp``, ``before_attn``, ``beside_attn``,
             ``before_block``, ``after_block``, or ``replace_attn``, which changes the output. None
-            takes the usual place of the block; ``tokenconv list`` shows it.
+            takes the usual place of the block; ``tokenconv list`` shows it. Stems go to
+            ``replace_patch_embed``, which changes the output as well, where they make as many
+            tokens; ``blocks`` counts patch embeddings then.
         filter_fn: ``filter_fn(module, name)`` says whether to change a Transformer block.
         input_size: ``(C, H, W)`` of the image to plan with; None takes the one that the model was
             built for.
@@ -191,7 +200,7 @@ def plan(
         raise UnknownNameError("site", site, SITES)
     check_untouched(model)
     found = survey(model, input_size)
-    chosen = _select(model, found.blocks, blocks, filter_fn)
+    chosen = _select(model, _offered(found, block, site), blocks, filter_fn)
     everything = blocks is None and filter_fn is None
     made = plan_blocks(found, chosen, block, site, block_kwargs, skip=everything)
     return replace(made, allow_change=allow_change)
@@ -245,13 +254,13 @@ def check_fits(model: nn.Module, made: Plan) -> Plan:
         raise SurgeryError(f"the plan was made for a {made.model_class}, got a {model_class}")
     places = {
         (site, place.host): place
-        for candidate in found.blocks
+        for candidate in [*found.blocks, *found.embeds]
         for site, offered in candidate.places.items()
         for place in offered
     }
     refusals = {
         (site, candidate.name): reason
-        for candidate in found.blocks
+        for candidate in [*found.blocks, *found.embeds]
         for site, reason in candidate.refusals.items()
     }
     for edit in made.edits:
@@ -290,8 +299,11 @@ def rehearse(found: Survey, draft: Plan) -> Plan:
     edits = _without_conflict(draft.edits)
     prefix = f"{found.root}." if found.root else ""
     root = found.meta.get_submodule(found.root)
-    lost = {e.place.host for e in edits if e.site in ("merge_conv", "remove_conv", "replace_attn")}
+    lost = {e.place.host for e in edits if e.site.startswith(TAKES_THE_PLACE)}
     inserted = {edit.inserted for edit in edits if edit.inserted}
+    for edit in edits:
+        if SITES[edit.site] == "embed":
+            check_stem(edit, found.input_size, found.sizes[edit.place.host])
     try:
         before = price(root, found.input_size, sites=_inside(lost, prefix)).sites
         carry_out(found.meta, edits)
@@ -345,6 +357,17 @@ def _without_conflict(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
                 f"{other.block} and {edit.block} cannot both go to {edit.place.host} ({edit.site})"
             )
     return edits
+
+
+def _offered(found: Survey, block: str, site: str | None) -> list[BlockSites]:
+    """The Transformer blocks, or the patch embeddings if that is where a block goes."""
+    usual = None if block == NONE else next(iter(BLOCKS[block].sites), None)
+    if SITES.get(site or usual or "") != "embed":
+        return found.blocks
+    if not found.embeds:
+        name = type(found.meta.get_submodule(found.root)).__name__
+        raise SurgeryError(f"no patch embedding is known of this {name}, for {block} to replace")
+    return found.embeds
 
 
 def _usual_site(block: str, candidate: BlockSites) -> str:

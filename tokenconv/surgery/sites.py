@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
@@ -30,8 +31,9 @@ SITES = {
     "replace_attn": "attn",
     "before_block": "block",
     "after_block": "block",
+    "replace_patch_embed": "embed",
 }
-"""From a site to the kind of module it belongs to."""
+"""From a site to the kind of module it belongs to; an ``embed`` belongs to no Transformer block."""
 
 _MLP = re.compile(r"mlp(_channels|\d)?")
 _ATTENTION = ("attn", "attn_out", "token_mixer", "factoratt_crpe")
@@ -57,6 +59,10 @@ class Place:
     """Index of the Hiera block in whose order the tokens lie."""
     layer_scale: str | None = None
     """Name of the LayerScale that takes what the module returns, for what stands beside it."""
+    in_chans: int = 0
+    """Channels of the image that a patch embedding is given."""
+    returns: str = ""
+    """How a patch embedding lays out its tokens: a key of ``layouts.RETURNS``."""
 
 
 @dataclass
@@ -84,6 +90,10 @@ class Survey:
     input_size: tuple[int, int, int]
     """``(C, H, W)`` of the image that was run."""
     blocks: list[BlockSites]
+    embeds: list[BlockSites]
+    """The patch embeddings, in the same form."""
+    sizes: dict[str, tuple[int, int]]
+    """Rows and columns that each of them makes of that image."""
 
 
 @dataclass
@@ -95,6 +105,8 @@ class _Seen:
     gave: Any = None
     returns_more: bool = False
     """Whether something besides tokens is returned."""
+    beside: list[Any] = field(default_factory=list)
+    """And what."""
 
 
 def survey(
@@ -127,7 +139,8 @@ def survey(
         )
     size = input_size or _input_size(meta, family, otherwise)
     scales = {name for name, module in meta.named_modules() if type(module) is LayerScale}
-    sizes, seen = _run(meta, family, size, {name for _, _, name in hosts} | scales)
+    sources = {source.module for source in family.sources.values()}
+    sizes, seen = _run(meta, family, size, {name for _, _, name in hosts} | scales | sources)
     blocks: dict[str, BlockSites] = {}
     look = _Look(meta, family, sizes, seen)
     prefix = f"{root}." if root else ""
@@ -141,13 +154,21 @@ def survey(
                 found.refusals[site] = str(error)
             else:
                 found.places.setdefault(site, []).append(place)
-    for found in blocks.values():
+    embeds: dict[str, BlockSites] = {}
+    for key, source in family.sources.items():
+        found = embeds.setdefault(prefix + source.module, BlockSites(prefix + source.module))
+        try:
+            found.places["replace_patch_embed"] = [look.embed(key, size, prefix)]
+        except SurgeryError as error:
+            found.refusals["replace_patch_embed"] = str(error)
+    for found in [*blocks.values(), *embeds.values()]:
         for site in SITES:
             if site in found.refusals:
                 found.places.pop(site, None)
             elif site not in found.places:
                 found.refusals[site] = f"{found.name} has no {_WHAT[SITES[site]]}"
-    return Survey(copy, root, family, size, list(blocks.values()))
+    grids = {prefix + family.sources[key].module: grid for key, grid in sizes.items()}
+    return Survey(copy, root, family, size, list(blocks.values()), list(embeds.values()), grids)
 
 
 _WHAT = {
@@ -156,6 +177,7 @@ _WHAT = {
     "mlp": "MLP",
     "attn": "attention",
     "block": "block",
+    "embed": "patch embedding",
 }
 
 
@@ -254,7 +276,7 @@ def _run(
             record.calls += 1
             record.given = args[0] if args else None
             record.returns_more = isinstance(out, (tuple, list))
-            record.gave = out[0] if record.returns_more else out
+            record.gave, *record.beside = out if record.returns_more else (out,)
 
         return hook
 
@@ -323,6 +345,26 @@ class _Look:
         if site.startswith("beside_") and (scale := self._layer_scale(record)):
             return replace(place, layer_scale=prefix + scale)
         return place
+
+    def embed(self, key: str, image: tuple[int, int, int], prefix: str) -> Place:
+        """The place that a patch embedding is, or a ``SurgeryError`` that says why it is none."""
+        source = self.family.sources[key]
+        name, record = source.module, self.seen[source.module]
+        if record.calls != 1 or source.coords is not None:
+            raise SurgeryError(f"{name} is not given images alone, once in a forward pass")
+        if not isinstance(record.given, Tensor) or record.given.shape != (_BATCH, *image):
+            raise SurgeryError(f"{name} is not given the image")
+        (rows, cols), beside = self.sizes[key], record.beside
+        shape = record.gave.shape if isinstance(record.gave, Tensor) else torch.Size()
+        if shape[:-1] == (_BATCH, rows * cols) and (not beside or _is_size(beside, rows, cols)):
+            returns, dim = "tokens and size" if beside else "tokens", shape[2]
+        elif shape[:-1] == (_BATCH, rows, cols) and not beside:
+            returns, dim = "map, channels last", shape[3]
+        elif shape[:1] + shape[2:] == (_BATCH, rows, cols) and not beside:
+            returns, dim = "map", shape[1]
+        else:
+            raise SurgeryError(f"{name} does not return the {rows}*{cols} tokens of its grid alone")
+        return Place(host=prefix + name, dim=dim, in_chans=image[0], returns=returns)
 
     def _layer_scale(self, record: _Seen) -> str | None:
         """The LayerScale that is given what a module returned."""
@@ -413,6 +455,13 @@ class _Look:
         if "" not in self.family.sources or "" not in self.sizes:
             raise SurgeryError(f"{block} sees tokens, and it is not known where their grid is made")
         return "", int(key)
+
+
+def _is_size(beside: list[Any], rows: int, cols: int) -> bool:
+    """Whether what is returned besides tokens is their size."""
+    return (
+        len(beside) == 1 and isinstance(beside[0], (tuple, list)) and [*beside[0]] == [rows, cols]
+    )
 
 
 def _can_be_added_to(conv: nn.Conv2d) -> bool:

@@ -99,10 +99,12 @@ def sweep(architectures: Iterable[str]) -> list[Row]:
         row = rows.setdefault(key, Row(*key))
         row.architectures += 1
         for site in SITES:
-            if any(site in block.places for block in offered.blocks):
+            blocks = offered.embeds if SITES[site] == "embed" else offered.blocks
+            if any(site in block.places for block in blocks):
                 row.sites[site] = row.sites.get(site, 0) + 1
             else:
-                row.reasons.setdefault(site, _short(offered.blocks[0].refusals[site]))
+                why = blocks[0].refusals[site] if blocks else "no patch embedding is known"
+                row.reasons.setdefault(site, _short(why))
         row.planned += _plans(offered, row)
     return [rows[key] for key in sorted(rows)]
 

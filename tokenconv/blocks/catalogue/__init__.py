@@ -8,14 +8,25 @@ from typing import Any
 from torch import nn
 
 from tokenconv.blocks.catalogue.adapters import ADAPTERS
+from tokenconv.blocks.catalogue.attention import ATTENTION
 from tokenconv.blocks.catalogue.feed_forwards import FEED_FORWARDS
+from tokenconv.blocks.catalogue.mixers import MIXERS
 from tokenconv.blocks.catalogue.positions import POSITIONS
 from tokenconv.blocks.catalogue.separable import SEPARABLE
+from tokenconv.blocks.catalogue.stems import STEMS
 from tokenconv.blocks.registry import BlockInfo
 from tokenconv.errors import UnknownNameError
 
 BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
-    {**FEED_FORWARDS, **POSITIONS, **ADAPTERS, **SEPARABLE}
+    {
+        **FEED_FORWARDS,
+        **MIXERS,
+        **ATTENTION,
+        **POSITIONS,
+        **STEMS,
+        **ADAPTERS,
+        **SEPARABLE,
+    }
 )
 
 
@@ -28,7 +39,8 @@ def create_block(name: str, dim: int, **kwargs: Any) -> nn.Module:
         **kwargs: Keyword arguments of the block.
 
     Returns:
-        The block; it is called ``block(x, H, W)``, those of kind ``maps`` also ``block(fmap)``.
+        The block; it is called ``block(x, H, W)``, those of kind ``maps`` also ``block(fmap)``,
+        and stems ``block(images)``.
 
     Raises:
         UnknownNameError: If there is no such block; the nearest names are listed.

@@ -25,10 +25,25 @@ _USUAL: Mapping[str, Mapping[str, Any]] = {
         "prefix_policy": "take part",
         "parity_test": "test_adapters.py::test_adapter_is_that_of_its_paper",
     },
+    "attention": {
+        "kind": "tokens",
+        "prefix_policy": "attend, unconvolved",
+        "parity_test": "test_attention.py::test_attention_is_that_of_its_paper",
+    },
     "separable": {
         "kind": "maps",
         "prefix_policy": "pass unchanged",
         "parity_test": "test_separable.py::test_block_is_that_of_its_oracle",
+    },
+    "stem": {
+        "kind": "stem",
+        "prefix_policy": "come behind it",
+        "parity_test": "test_stems.py::test_stem_is_that_of_its_paper",
+    },
+    "mixer": {
+        "kind": "maps",
+        "prefix_policy": "pass unchanged",
+        "parity_test": "test_mixers.py::test_mixer_is_that_of_its_paper",
     },
 }
 """What a row says where nothing else is said."""
@@ -58,3 +73,9 @@ def beside_mlp(factory: Callable[..., Any], **fixed: Any) -> Sites:
 def map_beside_mlp(factory: Callable[..., Any]) -> Sites:
     """The same for a block on maps, which keeps width and size there."""
     return beside_mlp(factory, residual=False, stride=1, out_dim=None)
+
+
+def in_place_of_attention(factory: Callable[..., Any]) -> Sites:
+    """A mixer on maps without its residual: beside attention or MLP, or in place of attention."""
+    branch = branch_of(factory, residual=False, stride=1, out_dim=None)
+    return everywhere(branch, "beside_attn", "beside_mlp", "replace_attn")

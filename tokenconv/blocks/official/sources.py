@@ -1,12 +1,8 @@
 """What keys of the papers' repositories are called here, by source and block."""
 
-from collections.abc import Callable, Mapping
-
 from torch import nn
 
-Renames = Mapping[str, str | None]
-"""From a name at the beginning of an official key to ours; None leaves the value out. The first
-that fits counts."""
+from tokenconv.blocks.official.renames import Renames, Sources
 
 _MIX: Renames = {"fc1": "fc1", "dwconv.dwconv": "dwconv", "dwconv": "dwconv", "fc2": "fc2"}
 _TRANSFORMERS: Renames = {"dense1": "fc1", "dense2": "fc2"}
@@ -105,7 +101,7 @@ def _resdsc(block: nn.Module) -> Renames:
     return names
 
 
-SOURCES: Mapping[str, Mapping[str, Renames | Callable[[nn.Module], Renames]]] = {
+SOURCES: Sources = {
     "pvtv2": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "segformer": {"mix_ffn": {**_MIX, **_TRANSFORMERS}},
     "van": {"mix_ffn": _MIX},

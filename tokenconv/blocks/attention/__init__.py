@@ -1,0 +1,1 @@
+"""Attention in which convolutions make, reduce or accompany queries, keys and values."""
