@@ -10,15 +10,13 @@ from tokenconv.blocks.convnext import (
     UniversalInvertedBottleneck,
 )
 from tokenconv.blocks.fragments import branch_of
-from tokenconv.blocks.mixers import (
+from tokenconv.blocks.mixers import InceptionDWConv, SepConv, UniFormerMixer
+from tokenconv.blocks.modulation import (
     LKA,
     SAM,
     ConvModulation,
     FocalModulation,
-    InceptionDWConv,
     MogaAggregation,
-    SepConv,
-    UniFormerMixer,
 )
 from tokenconv.blocks.registry import BlockInfo, Paper
 from tokenconv.blocks.reparam import (
