@@ -7,7 +7,10 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
 from torch import nn
+from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import tokenconv as tc
 from tokenconv.analysis import DecomposedConv, decompose, factorise, separability
@@ -268,6 +271,235 @@ def test_it_trains_and_compiles_and_exports():
     torch.testing.assert_close(exported(x), model(x))
 
 
+def computed(kind):
+    conv = nn.Conv2d(3, 8, 3)
+    if kind == "parametrisation":
+        return nn.utils.parametrizations.spectral_norm(conv)
+    prune.random_unstructured(conv, "weight", 0.5)  # a hook writes the weight before each pass
+    return conv
+
+
+@pytest.mark.parametrize("kind", ["parametrisation", "hook"])
+def test_a_weight_that_is_computed_stays_so(kind):
+    model = nn.Sequential(computed(kind), nn.Conv2d(8, 4, 3))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    done = tc.decompose_(model, rank=1)
+    assert list(done.layers) == ["1"]
+    assert done.passed_over["0"].startswith("its weight is computed")
+    model(torch.randn(1, 3, 8, 8))
+    done.undo_()
+    assert torch.equal(model[1].weight, state["1.weight"])
+    with pytest.raises(tc.AnalysisError, match=r"no dense convolution, but 0: its weight is"):
+        tc.decompose_(nn.Sequential(model[0]), rank=1)
+
+
+def test_looking_at_a_spectral_norm_does_not_iterate_it():
+    model = nn.Sequential(computed("parametrisation"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    tc.analysis.analyze(model, (3, 8, 8))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_that_two_convolutions_share_stays_one():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    done = tc.decompose_(model, rank=1)
+    assert list(done.layers) == ["2"]
+    assert set(done.passed_over) == {"0", "1"}
+    assert "shares its weight" in done.passed_over["0"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_pairs_are_not_taken_apart_again(order):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    tc.decompose_(model, rank=3, order=order)
+    with pytest.raises(tc.AnalysisError, match=r"0\.depthwise: depthwise already"):
+        tc.decompose_(model, rank=1, order=order)
+
+
+def test_a_stem_for_grey_images_is_dense():
+    done = tc.decompose_(nn.Sequential(nn.Conv2d(1, 32, 3)), rank=2)
+    assert done.layers["0"].full_rank == 9
+    assert done.layers["0"].macs == (32 * 9, 2 * (9 + 32))
+
+
+class OfItsOwn(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(2 * input, weight, bias)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [Conv2dSame(3, 8, 3, stride=2), OfItsOwn(3, 8, 3), nn.ConvTranspose2d(3, 8, 3),
+     nn.Conv1d(3, 8, 3), nn.Linear(3, 8)],
+)  # fmt: skip
+def test_what_does_not_compute_as_a_convolution_is_not_taken_for_one(conv):
+    with pytest.raises(tc.AnalysisError, match=f"expected an nn.Conv2d .* {type(conv).__name__}"):
+        decompose(conv, rank=1)
+
+
+def test_a_forward_that_was_replaced_is_kept():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[0].forward = lambda x: torch.zeros(len(x), 4, 8, 8)
+    done = tc.decompose_(model, rank=1)
+    assert done.passed_over == {"0": "Conv2d computes its convolution in a way of its own"}
+
+
+def test_what_saves_nothing_is_kept():
+    conv = nn.Conv2d(2, 18, 3)
+    error = separability(conv.weight).spectra["dw_pw"].errors[5]
+    model = nn.Sequential(conv)
+    done = tc.decompose_(model, max_error=error)  # 6 * (9 + 18) == 9 * 18
+    assert done.passed_over == {"0": "6 of 9 pairs would take 1.00x the MACs"}
+    assert model[0] is conv
+
+
+def test_backward_hooks_of_a_place_stay_at_it_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    seen = []
+    model[0].register_full_backward_hook(lambda module, *gradients: seen.append(type(module)))
+    tc.decompose_(model, rank=1)
+    model(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+    assert seen == [DecomposedConv]
+
+
+class Again(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x), self.conv(5 + x.flip(1))
+
+
+def test_what_runs_twice_is_fitted_to_what_it_sees_first():
+    model = Again()
+    once = nn.Sequential(copy.deepcopy(model.conv))
+    images = torch.randn(4, 3, 9, 9)
+    for each in (model, once):
+        tc.decompose_(each, rank=1, images=images)
+    assert torch.equal(model.conv.pointwise.weight, once[0].pointwise.weight)
+
+
+def test_as_many_positions_as_unknowns_are_enough():
+    images = torch.randn(1, 3, 4, 4)  # 2x2 positions; 3 weights and a bias
+    layer = tc.decompose_(nn.Sequential(nn.Conv2d(3, 8, 3)), rank=1, images=images).layers["0"]
+    assert layer.fit.after < 0.01 < layer.fit.before
+
+
+@pytest.mark.parametrize(
+    ("order", "rank", "dtype"), [("dw_pw", 9, torch.bfloat16), ("pw_dw", 3, torch.float16)]
+)
+def test_a_fit_makes_nothing_worse(order, rank, dtype):
+    """Exact but for rounding, on smooth images, whose features are nearly collinear."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        images = nn.functional.avg_pool2d(torch.randn(4, 3, 30, 30), 15, 1).to(dtype)
+        model = nn.Sequential(nn.Conv2d(3, 9, 3)).to(dtype)
+        fit = tc.decompose_(model, rank=rank, order=order, images=images).layers["0"].fit
+        assert fit.after <= fit.before
+
+
+def test_undo_follows_what_became_of_the_model():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    done = tc.decompose_(model, rank=1)
+    model.double().eval()
+    done.undo_()
+    assert model(torch.randn(1, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    assert not model[0].training
+
+
+def test_a_bias_may_learn_by_itself():
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight.requires_grad_(False)
+    learns = {n: p.requires_grad for n, p in decompose(conv, rank=1).named_parameters()}
+    assert learns == {
+        "depthwise.weight": False, "pointwise.weight": False, "pointwise.bias": True,
+    }  # fmt: skip
+
+
+def test_code_that_asks_a_stem_for_its_dtype():
+    conv = nn.Conv2d(3, 4, 3).bfloat16()
+    pair = decompose(conv, rank=4)
+    assert pair.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(pair.weight, conv.weight, rtol=0.02, atol=0.01)
+    assert "weight" not in pair.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_fitted_without_overflow(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3)).to(dtype)
+    images = nn.functional.avg_pool2d(torch.randn(8, 3, 30, 30), 5, 1)
+    fit = tc.decompose_(model, rank=1, images=(2000 * images).to(dtype)).layers["0"].fit
+    assert 0 < fit.after < fit.before < 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_kernel_without_energy_has_no_error():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3)).half()
+    nn.init.zeros_(model[0].weight)
+    layer = tc.decompose_(model, rank=1, images=torch.randn(8, 3, 20, 20).half()).layers["0"]
+    assert (layer.relative_error, layer.fit.after) == (0, 0)
+
+
+def test_images_that_are_not_finite_leave_the_dense_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    images = torch.randn(8, 3, 20, 20)
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(tc.AnalysisError, match="they lead to values that are not finite"):
+        tc.decompose_(model, rank=1, images=images)
+    assert isinstance(model[0], nn.Conv2d)
+
+
+class OfTwo(nn.Module):
+    """Takes more than images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x, y):
+        return self.conv(x) + y
+
+
+def test_a_model_of_more_than_images_is_told():
+    model = OfTwo()
+    with pytest.raises(tc.AnalysisError, match=r"refuses images .* required positional argument"):
+        tc.decompose_(model, rank=1, images=torch.randn(4, 3, 8, 8))
+    assert isinstance(model.conv, nn.Conv2d)
+    with pytest.raises(tc.MeasurementError, match="required positional argument"):
+        tc.analysis.analyze(model, (3, 8, 8))
+
+
+def test_an_interrupted_fit_leaves_the_dense_model_and_its_modes():
+    model = Net()
+    model.point.eval()
+    modes = [m.training for m in model.modules()]
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with model.up.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        tc.decompose_(model, rank=1, images=torch.randn(4, 3, 16, 16))
+    assert isinstance(model.stem, nn.Conv2d)
+    assert [m.training for m in model.modules()] == modes
+    assert not model.stem._forward_pre_hooks
+
+
+def test_nothing_new_lands_on_a_default_device():
+    """As on a GPU: what is made along the way has to be where the model is."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    images = torch.randn(8, 3, 20, 20)
+    analysis = tc.analysis
+    with torch.device("meta"):
+        assert 0 < analysis.separability(model[0].weight).of_random["dw_pw"] < 1
+        kernels = analysis.depthwise_kernels(model)[0]
+        assert len(kernels.to_dict()["off_centre"]) == 3
+        assert tc.decompose_(model, rank=1, images=images).layers["0"].fit
+        assert analysis.radius(analysis.effective_receptive_field(model, images)) > 0
+
+
 def broken(change):
     model = Net()
     change(model)
@@ -285,6 +517,11 @@ def quantise(model):
     model.stem.kernel_size = (3, 3)
 
 
+def wrap(model):
+    """As torchao's and FSDP's weights are."""
+    model.stem.weight = nn.Parameter(TwoTensor(model.stem.weight, model.stem.weight))
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
@@ -299,6 +536,8 @@ def quantise(model):
         (Net, {"rank": 1, "layers": "("}, "is no regular expression"),
         (lambda: broken(set_nan), {"rank": 1}, "the weight of again holds 1 values that are not"),
         (lambda: broken(quantise), {"rank": 1}, "stem is a quantised Conv2d"),
+        (lambda: broken(wrap), {"rank": 1}, "the weight of stem is a TwoTensor; expected a plain"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), {"rank": 1}, "0 has no values: it was never"),
         (lambda: nn.Conv2d(3, 8, 3), {"rank": 1}, "a convolution itself; use decompose"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1)), {"rank": 1}, "has no dense convolution"),
         (lambda: Net().to("meta"), {"rank": 1}, "stem has no values: it is on the meta device"),

@@ -200,3 +200,84 @@ def test_a_convolution_in_the_mlp_lets_a_vit_look_at_its_neighbours():
     touched = after.view(3, 16, 5, 16).sum((1, 3)) > 1e-9
     assert before.view(3, 16, 5, 16).sum((1, 3)).gt(1e-9).sum() == 1
     assert touched.tolist() == [[False, True, True, True, False]] * 3
+
+
+class Shared(nn.Module):
+    """Four query heads, two of keys."""
+
+    def __init__(self, query, key):
+        super().__init__()
+        self.query, self.key = query, key
+
+    def forward(self, x):
+        q, k = self.query, self.key
+        return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+def test_query_heads_that_share_keys():
+    query, key = torch.randn(1, 4, 15, 8), torch.randn(1, 2, 15, 8)
+    (found,) = attention_distance(Shared(query, key), torch.zeros(1), (3, 5))
+    for head in range(4):
+        pair = Shared(query[:, head : head + 1], key[:, head // 2 : head // 2 + 1])
+        (expected,) = attention_distance(pair, torch.zeros(1), (3, 5))
+        torch.testing.assert_close(found[head : head + 1], expected)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_attention_to_the_past(by_name):
+    class Causal(nn.Module):
+        def forward(self, x):
+            q = torch.zeros(1, 1, 3, 2)
+            if by_name:
+                return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            return nn.functional.scaled_dot_product_attention(q, q, q, None, 0.0, True)
+
+    (found,) = attention_distance(Causal(), torch.zeros(1), (1, 3))
+    assert found.item() == pytest.approx((0 + 1 / 2 + (1 + 2) / 3) / 3)
+
+
+def test_a_bias_of_positions_counts():
+    bias = torch.full((1, 1, 6, 6), -1e9)
+    bias[0, 0, torch.arange(6), torch.arange(6).flip(0)] = 0  # each to its mirror image
+    (found,) = attention_distance(OneHead(torch.randn(1, 1, 6, 4), bias), torch.zeros(1), (2, 3))
+    expected = sum(math.dist(divmod(i, 3), divmod(5 - i, 3)) for i in range(6)) / 6
+    assert found.item() == pytest.approx(expected)
+
+
+def test_a_layer_is_seen_before_others_write_into_it():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.randn(1, 3, 9, 9)
+    alone = effective_receptive_field(conv, x)
+    model = nn.Sequential(conv, nn.ReLU(inplace=True))
+    torch.testing.assert_close(effective_receptive_field(model, x, layer="0"), alone)
+
+
+def test_all_images_count():
+    query = 3 * torch.randn(2, 1, 16, 4)
+    (both,) = attention_distance(OneHead(query), torch.zeros(1), GRID)
+    each = [attention_distance(OneHead(q[None]), torch.zeros(1), GRID)[0] for q in query]
+    torch.testing.assert_close(both, sum(each) / 2)
+
+
+def test_the_last_run_of_a_layer_is_looked_at():
+    conv = ones_conv(3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    x = torch.randn(2, 1, 9, 9)
+    expected = effective_receptive_field(nn.Sequential(conv, conv), x)
+    torch.testing.assert_close(effective_receptive_field(Twice(), x, layer="conv"), expected)
+
+
+@pytest.mark.parametrize("side", [5, 7, 9, 11, 13])
+def test_radius_is_not_a_matter_of_rounding(side):
+    field = torch.full((side, side), 1 / side**2, dtype=torch.float64)
+    for within in range(1, side, 2):
+        assert radius(field, within**2 / side**2) == within / 2

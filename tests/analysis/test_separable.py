@@ -34,6 +34,9 @@ LAYERS = {
     "two of pw_dw": on_maps(
         lambda b: decompose(nn.Conv2d(6, 4, (3, 5), groups=2, bias=b), rank=2, order="pw_dw")
     ),
+    "reflecting": on_maps(
+        lambda b: decompose(nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect", bias=b), rank=2)
+    ),
     "two pointwise": on_maps(
         lambda b: nn.Sequential(
             nn.Conv2d(6, 6, 3, groups=6, bias=b), nn.Conv2d(6, 2, 1, bias=b), nn.Conv2d(2, 4, 1)
@@ -117,6 +120,12 @@ class WithNorm(nn.Sequential):
             lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1, stride=2)),
             "no 1x1 convolution with stride 1",
         ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 6, 1)
+            ),
+            "several pointwise parts of Sequential has groups",
+        ),
     ],
 )
 def test_what_is_no_separable_layer(layer, message):
@@ -137,6 +146,7 @@ def test_kernels_that_do_not_fit_change_nothing():
     before = [p.clone() for p in layer.parameters()]
     for conv, message in (
         (nn.Conv2d(6, 8, 5), r"expected a kernel \(8, 6, 3, 3\) .* got \(8, 6, 5, 5\)"),
+        (nn.Conv2d(12, 8, 3, groups=2, bias=False), "in 1 groups as the layer has, got .* in 2"),
         (nn.Conv2d(6, 8, 3), "no place for one"),
     ):
         with pytest.raises(tc.AnalysisError, match=message):
@@ -196,8 +206,42 @@ def test_the_bias_of_the_linear_layer_is_what_differs_at_the_borders():
         nn.Conv2d(6, 6, 3, groups=6),
         nn.Conv2d(6, 6, 3, padding=1, stride=2, groups=6),
         nn.Conv2d(6, 6, 3, padding=1),
+        nn.Conv2d(6, 6, 2, padding=1, groups=6),
+        nn.Conv2d(6, 6, (5, 3), padding=1, groups=6),
+        nn.Conv2d(6, 6, 3, padding=1, dilation=(1, 2), groups=6),
     ],
 )
 def test_only_depthwise_convolutions_of_the_width_that_keep_the_size(conv):
     with pytest.raises(tc.AnalysisError, match="expected a depthwise convolution of 6 channels"):
         expand_mlp(nn.Linear(4, 6), conv)
+
+
+@pytest.mark.parametrize("keeps", ["same", (1, 1)])
+def test_paddings_that_keep_the_size(keeps):
+    fc1, conv = nn.Linear(4, 6), nn.Conv2d(6, 6, 3, padding=keeps, groups=6)
+    x = torch.randn(1, 4, 5, 7)
+    expected = conv(tc.tokens_to_map(fc1(tc.map_to_tokens(x)), (5, 7)))
+    torch.testing.assert_close(expand_mlp(fc1, conv)(x), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Sequential(nn.Conv2d(4, 36, 3, groups=4), nn.Conv2d(36, 4, 1)),
+        lambda: nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.Conv2d(8, 4, 3, groups=4)),
+    ],
+)
+def test_more_pairs_than_any_kernel_needs(layer):
+    layer = layer()
+    conv = nn.Conv2d(layer[0].in_channels, 4, 3)
+    assert init_from_dense_(layer, conv) < 1e-6
+    x = torch.randn(2, conv.in_channels, 9, 8)
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_detour_is_no_obstacle():
+    layer = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 12, 1), nn.Conv2d(12, 4, 1))
+    conv = nn.Conv2d(6, 4, 3)
+    nearest = decompose(conv, rank=1)
+    assert init_from_dense_(layer, conv) == pytest.approx(nearest.relative_error, rel=1e-4)
+    torch.testing.assert_close(expand(layer).weight, nearest.weight, rtol=1e-4, atol=1e-5)

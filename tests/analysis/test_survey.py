@@ -162,3 +162,64 @@ def test_kernels_of_the_models_own_convolutions_have_no_residual():
     assert len(kernels) == 8
     assert not any(each.has_residual for each in kernels)
     assert depthwise_kernels(nn.Conv1d(4, 4, 3, groups=4)) == []
+
+
+def test_fields_leave_the_model_alone():
+    model = timm.create_model("resnet10t", num_classes=3)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    Fields.of("it", model, torch.randn(2, 3, 64, 64))
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_convolution_that_never_runs_is_passed_over():
+    found = analyze(Unused(), (3, 8, 8))
+    assert [layer.name for layer in found.layers] == ["used"]
+    assert found.passed_over == {"unused": "does not run in a forward pass"}
+
+
+def test_one_channel_is_no_sign_of_separability():
+    """Kernels of one output, or of one input, are one pair whatever they are."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 1, 3))
+    assert findings(analyze(model, (1, 9, 9)), [])[0].startswith("0 of 2 dense convolutions")
+
+
+def test_less_than_a_tenth_is_not_worth_it():
+    model = nn.Sequential(nn.Conv2d(16, 8, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(factorise(model[0].weight, 4).expand())
+    found = analyze(model, (16, 8, 8), energy=0.9999)
+    option = found.layers[0].option(Order.DW_PW, 0.9999)
+    assert (option.rank, option.macs / found.layers[0].macs) == (4, 4 * (9 + 8) / (9 * 8))
+    assert found.recommended == {"0": None}
+
+
+def test_a_stride_makes_fewer_parameters_the_more_arithmetic():
+    """One blueprint per filter, of two: one pair with the pointwise part in front of the stride."""
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, stride=2, padding=1))
+    blueprints = torch.einsum("ot,txy->oxy", torch.randn(32, 2), torch.randn(2, 3, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(32, 32, 1, 1) * blueprints[:, None])
+    found = analyze(model, (32, 16, 16), energy=0.9999)
+    first, second = (found.layers[0].option(order, 0.9999) for order in Order)
+    assert (first.rank, second.rank) == (2, 1)
+    assert second.params < first.params
+    assert first.macs < second.macs
+    assert found.recommended["0"] == first
+    tc.decompose_(model, rank=2)
+    after = tc.cost(model, (32, 16, 16))
+    assert (after.macs, after.params) == (first.macs, first.params)
+
+
+def test_structure_is_what_random_kernels_do_not_have(found):
+    (line,) = [line for line in findings(found, []) if "within themselves" in line]
+    assert line.startswith(f"The filters of 1 of {len(found.layers)} are")

@@ -78,6 +78,7 @@ def test_maps_without_attention_have_a_field_as_well(tmp_path: Path):
         (["resnet10x"], "unknown model 'resnet10x': did you mean resnet10t"),
         (["resnet10t", "--layers", "stage7"], "unknown dense convolution 'stage7'"),
         (["resnet10t", "--checkpoint", "no.pt"], "--checkpoint no.pt is no file"),
+        (["resnet10t", "--checkpoint", __file__], "test_analysis.py does not fit: "),
         (["test_vit", "--hybrid", "nowhere"], "nowhere"),
     ],
 )

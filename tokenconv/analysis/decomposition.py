@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenconv.analysis.convolutions import check_finite, find_dense
-from tokenconv.analysis.factors import Factors, Order, factorise, full_rank
+from tokenconv.analysis.convolutions import check_finite, find_dense, is_plain
+from tokenconv.analysis.factors import Factors, Order, factorise, full_rank, relative_error
 from tokenconv.analysis.refinement import Fit, refine_
 from tokenconv.analysis.separability import pair_macs, spectrum
 from tokenconv.errors import AnalysisError
@@ -42,13 +42,18 @@ class DecomposedConv(nn.Sequential):
         }
         names = sorted(parts, reverse=factors.order is Order.PW_DW)
         super().__init__(OrderedDict((name, parts[name]) for name in names))
-        if conv.bias is not None:
-            self[1].bias = nn.Parameter(conv.bias.detach().clone())
         self.requires_grad_(conv.weight.requires_grad).train(conv.training)
+        if conv.bias is not None:
+            self[1].bias = nn.Parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
         self.order = factors.order
         self.rank = factors.rank
         self.relative_error = relative_error
-        """``||W - W'|| / ||W||``, when it was made."""
+        """``||W - W'|| / ||W||``, when it was made, without rounding to the dtype."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel, for code that asks a convolution for its dtype, such as CLIP's."""
+        return self.factors().expand()
 
     def factors(self) -> Factors:
         """The kernel as it is now."""
@@ -89,13 +94,17 @@ def decompose(
         A module with ``relative_error``, whose square is the energy that was discarded.
 
     Raises:
-        AnalysisError: If the weight is not finite, or ``rank``, ``energy`` or ``max_error`` is out
-            of range or not the only one.
+        AnalysisError: If it is no plain ``nn.Conv2d``, the weight is not finite or quantised, or
+            ``rank``, ``energy`` or ``max_error`` is out of range or not the only one.
         UnknownNameError: If there is no such order.
 
     References:
         Network Decoupling, https://arxiv.org/abs/1808.05517
     """
+    if not is_plain(conv):
+        raise AnalysisError(
+            f"expected an nn.Conv2d that computes as one, got {type(conv).__name__}"
+        )
     return _decompose("the convolution", conv, rank, energy, max_error, Order.of(order))
 
 
@@ -155,6 +164,8 @@ class Decomposition:
     def undo_(self) -> nn.Module:
         """Put the dense convolutions back, with the weights they had; what was trained is lost.
 
+        They follow the device, dtype and mode of what stood in for them.
+
         Returns:
             The model.
 
@@ -165,7 +176,9 @@ class Decomposition:
             if not _is_at(self._model, name, pair):
                 raise AnalysisError(f"{name} is no longer what decompose_ put there")
         for name, pair in self._pairs.items():
-            _replace(self._model, pair, self._dense[name])
+            now = next(pair.parameters())
+            dense = self._dense[name].to(now.device, now.dtype).train(pair.training)
+            _replace(self._model, pair, dense)
         return self._model
 
     def __str__(self) -> str:
@@ -203,8 +216,9 @@ def decompose_(
     """Replace a model's dense convolutions by pairs, in place; see ``decompose``.
 
     With ``energy`` or ``max_error`` a convolution that would take more arithmetic as pairs is kept;
-    with ``rank`` none is. 1x1, depthwise and transposed convolutions are passed over. The result
-    is an ordinary module: train it, compile it, export it.
+    with ``rank`` none is. 1x1, depthwise and transposed convolutions are passed over, and those
+    whose weight is computed or shared. The result is an ordinary module: train it, compile it,
+    export it.
 
     Args:
         model: Any module with ``nn.Conv2d`` in it.
@@ -228,8 +242,11 @@ def decompose_(
     order = Order.of(order)
     found = find_dense(model, layers)
     if isinstance(model, nn.Conv2d) or not found.dense:
+        others = "; ".join(f"{name}: {why}" for name, why in [*found.passed_over.items()][:3])
         what = (
-            "is a convolution itself; use decompose" if found.dense else "has no dense convolution"
+            "is a convolution itself; use decompose"
+            if found.dense
+            else f"has no dense convolution, but {others or 'none at all'}"
         )
         raise AnalysisError(f"this {type(model).__name__} {what}")
     passed_over = dict(found.passed_over)
@@ -262,11 +279,11 @@ def decompose_(
 
 def _described(conv: nn.Conv2d, pair: DecomposedConv, fit: Fit | None = None) -> LayerDecomposition:
     stride: Any = conv.stride
-    error = (pair.factors().expand() - conv.weight).norm() / conv.weight.norm().clamp(min=1e-30)
+    error = relative_error(conv.weight, pair.weight) if fit else pair.relative_error
     return LayerDecomposition(
         pair.rank,
         full_rank(conv.weight, pair.order, conv.groups),
-        error.item() if fit else pair.relative_error,
+        error,
         (_num_params(conv), _num_params(pair)),
         (
             conv.weight.numel(),

@@ -90,4 +90,4 @@ def moved(before: nn.Module, after: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _quartiles(values: Tensor) -> list[float]:
-    return values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
+    return values.quantile(values.new_tensor([0.25, 0.5, 0.75])).tolist()

@@ -7,6 +7,7 @@ T pairs (the rank). A kernel is ``(O, I, K, K)``, as in ``nn.Conv2d``, for ``G *
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenconv.choice import Choice
@@ -106,6 +107,12 @@ class Factors:
         """Whether the depthwise part is."""
         return self.order is Order.DW_PW
 
+    def padded(self, rank: int) -> "Factors":
+        """The same kernel with pairs of zeros behind the others, to have so many."""
+        more = rank - self.rank
+        depthwise = F.pad(self.depthwise, (0, 0, 0, 0, 0, more))
+        return Factors(self.order, depthwise, F.pad(self.pointwise, (0, more)))
+
     def canonical(self) -> "Factors":
         """The same kernel in the one gauge that all who have that kernel share.
 
@@ -177,6 +184,13 @@ def _svd(wide: Tensor) -> tuple[Tensor, Tensor]:
     basis, triangle = torch.linalg.qr(wide)
     left, values, right = torch.linalg.svd(triangle, full_matrices=False)
     return basis @ (left * values.unsqueeze(1)), right.mT
+
+
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    """``||W - W'|| / ||W||`` in float64; of no energy, 0 where nothing is lost."""
+    weight = weight.detach().double()
+    lost = (other.detach().to(weight) - weight).norm()
+    return (lost / weight.norm().clamp(min=1e-300)).item()
 
 
 def khatri_rao(left: Tensor, right: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenconv.analysis.modes import evaluating
 from tokenconv.analysis.receptive_field import (
     attention_distance,
     effective_receptive_field,
@@ -41,7 +42,7 @@ class Fields:
         """
         last = _LastMap(model)
         field = effective_receptive_field(last, images)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             rows, columns = last(images[:1]).shape[2:]
         grid = TokenGrid((rows, columns), num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
         try:

@@ -56,8 +56,8 @@ def expand_mlp(fc1: nn.Linear, conv: DWConv | nn.Conv2d) -> ExpandedMLP:
             or PVTv2's ``mlp.dwconv``; with its residual, if it has one.
 
     Raises:
-        AnalysisError: If the widths differ, or ``conv`` is not depthwise with a stride of 1 and a
-            padding that keeps the size.
+        AnalysisError: If the widths differ, or ``conv`` is not depthwise with an odd square kernel,
+            a stride of 1 and a padding that keeps the size.
 
     References:
         Blueprint separable convolutions, https://arxiv.org/abs/2003.13549
@@ -65,15 +65,17 @@ def expand_mlp(fc1: nn.Linear, conv: DWConv | nn.Conv2d) -> ExpandedMLP:
     kernel, side = conv.weight, conv.weight.shape[-1]
     dilation: Any = conv.dilation if isinstance(conv, DWConv) else conv.dilation[0]
     keeps = isinstance(conv, DWConv) or (
-        conv.stride == (1, 1)
-        and conv.padding == (dilation * (side // 2),) * 2
+        kernel.shape[1:] == (1, side, side)
+        and side % 2 == 1
+        and conv.stride == (1, 1)
+        and conv.dilation == (dilation, dilation)
+        and conv.padding in ("same", (dilation * (side // 2),) * 2)
         and conv.padding_mode == "zeros"
-        and kernel.shape[1] == 1
     )
     if not keeps or len(kernel) != fc1.out_features:
         raise AnalysisError(
-            f"expected a depthwise convolution of {fc1.out_features} channels, stride 1 and zero "
-            f"padding that keeps the size, got {conv}"
+            f"expected a depthwise convolution of {fc1.out_features} channels, an odd square "
+            f"kernel, stride 1 and zero padding that keeps the size, got {conv}"
         )
     if getattr(conv, "residual", False):
         kernel = kernel + nn.init.dirac_(torch.empty_like(kernel), groups=len(kernel))

@@ -3,8 +3,7 @@
 Shape letters: B batch, N tokens = P prefix + H*W grid, C channels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tokenconv.analysis.modes import evaluating
 from tokenconv.errors import AnalysisError
 from tokenconv.grid import Grid, TokenGrid, tokens_to_map
 
@@ -49,13 +49,13 @@ def effective_receptive_field(
         Luo et al., https://arxiv.org/abs/1701.04128
     """
     images = images.detach().clone().requires_grad_()
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         features = _features(model, images, layer)
         if channels_last and isinstance(features, Tensor):
             features = features.movedim(-1, 1)
         features = _middle(features, grid)
         generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(features.shape, generator=generator).to(features)
+        direction = torch.randn(features.shape, generator=generator, device="cpu").to(features)
         (gradient,) = torch.autograd.grad(
             (features * direction).sum(), images, allow_unused=True, materialize_grads=True
         )
@@ -75,7 +75,8 @@ def radius(field: Tensor, share: float = 0.5) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"expected 0 < share <= 1, got {share}")
     rows, columns = (
-        (torch.arange(side, dtype=torch.float64) - (side - 1) / 2).abs() for side in field.shape
+        (torch.arange(side, dtype=torch.float64, device="cpu") - (side - 1) / 2).abs()
+        for side in field.shape
     )
     distance = torch.maximum(rows[:, None], columns[None]).flatten() + 0.5
     order = distance.argsort()
@@ -107,14 +108,15 @@ def attention_distance(model: nn.Module, images: Tensor, grid: Grid) -> list[Ten
     """
     tokens = TokenGrid.of(grid)
     rows, columns = tokens.size[-2:]
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    places = torch.tensor(list(product(range(rows), range(columns))), device="cpu").double()
     distances = torch.cdist(places, places)
-    with _evaluating(model), torch.no_grad(), _Attention(tokens, distances) as attention:
+    with evaluating(model), torch.no_grad(), _Attention(tokens, distances) as attention:
         model(images)
     if not attention.found:
         seen = ", ".join(f"{q}x{k}" for q, k in sorted(attention.others)) or "none at all"
         raise AnalysisError(
-            f"expected attention among {tokens.num_tokens} tokens, saw queries x keys: {seen}"
+            f"expected attention among {tokens.num_tokens} tokens, saw queries x keys: {seen} "
+            f"(only F.scaled_dot_product_attention is seen; see timm.layers.set_fused_attn)"
         )
     return attention.found
 
@@ -131,12 +133,16 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask")
-            query, key, _, mask = (
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            query, key, _, mask, _, is_causal = (
                 args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)
             )
             sizes = (query.shape[-2], key.shape[-2])
             if sizes == (self.grid.num_tokens,) * 2:
+                if is_causal:
+                    mask = torch.ones(sizes, dtype=torch.bool, device=query.device).tril()
+                if kwargs.get("enable_gqa"):  # several query heads share a key head
+                    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
                 self.found.append(self._mean(query, key, mask, kwargs.get("scale")))
             else:
                 self.others.add(sizes)
@@ -153,17 +159,6 @@ class _Attention(TorchFunctionMode):
         return (among * self.distances.to(among)).sum(-1).mean((0, -1)).cpu()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _features(model: nn.Module, images: Tensor, layer: str | None) -> Any:
     if layer is None:
         forward: Any = getattr(model, "forward_features", model)
@@ -173,7 +168,11 @@ def _features(model: nn.Module, images: Tensor, layer: str | None) -> Any:
         module = model.get_submodule(layer)
     except AttributeError as error:
         raise AnalysisError(f"the model has no layer {layer!r}: {error}") from error
-    with module.register_forward_hook(lambda module, args, out: seen.append(out)):
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:  # what follows may write into it
+        seen.append(out.clone() if isinstance(out, Tensor) else out)
+
+    with module.register_forward_hook(see):
         model(images)
     if not seen:
         raise AnalysisError(f"{layer} does not run in a forward pass")

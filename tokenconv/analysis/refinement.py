@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenconv.analysis.modes import evaluating
 from tokenconv.errors import AnalysisError
 
 _RIDGE = 1e-6
@@ -46,7 +47,7 @@ def refine_(
         are unknowns, which stay as they were.
 
     Raises:
-        AnalysisError: If the model refuses the images.
+        AnalysisError: If the model refuses the images, or they lead to values that are not finite.
     """
     fits: dict[nn.Module, Fit] = {}
 
@@ -54,18 +55,15 @@ def refine_(
         if pair not in fits and (found := _fit(pair, pairs[pair], args[0])):
             fits[pair] = found
 
-    modes = {module: module.training for module in model.modules()}
     hooks = [pair.register_forward_pre_hook(fit) for pair in pairs]
     try:
-        with torch.no_grad():
-            model.eval()(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
+        with evaluating(model), torch.no_grad():
+            model(images)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise AnalysisError(f"the model refuses images {tuple(images.shape)}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return fits
 
 
@@ -83,20 +81,23 @@ def _fit(pair: Any, dense: nn.Conv2d, x: Tensor) -> Fit | None:
         wanted = _apply(dense, image).double().reshape(groups, rows, -1)
         gram += features @ features.mT
         right += features @ wanted.mT
+    if not gram.isfinite().all() or not right.isfinite().all():
+        raise AnalysisError("they lead to values that are not finite")
     weight = conv.weight.double().reshape(groups, rows, -1)
     if conv.bias is not None:
         weight = torch.cat([weight, conv.bias.double().reshape(groups, rows, 1)], dim=2)
-    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
-    system = gram + ridge * torch.eye(inner).to(gram)
     before = _error(pair, dense, x)
-    change = torch.linalg.solve(system, right - gram @ weight.mT).mT
+    missing = right - gram @ weight.mT
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-30)
+    change = torch.linalg.solve(gram, missing).mT
     weight = (weight + change).to(conv.weight.dtype)
     kept = [p.detach().clone() for p in conv.parameters()]
     conv.weight.copy_(weight[..., : conv.weight[0].numel()].reshape_as(conv.weight))
     if conv.bias is not None:
         conv.bias.copy_(weight[..., -1].reshape_as(conv.bias))
     after = _error(pair, dense, x)
-    if after > before:  # rounding, where there is nothing to gain
+    if not after <= before:  # rounding, where there is nothing to gain
         for parameter, old in zip(conv.parameters(), kept, strict=True):
             parameter.copy_(old)
         after = before
@@ -124,7 +125,7 @@ def _features(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def _error(pair: nn.Module, dense: nn.Conv2d, x: Tensor) -> float:
     lost = total = 0.0
     for image in x.split(1):
-        wanted = _apply(dense, image)
-        lost += (pair.forward(image) - wanted).square().sum().item()
+        wanted = _apply(dense, image).double()  # squares leave the range of float16
+        lost += (pair.forward(image).double() - wanted).square().sum().item()
         total += wanted.square().sum().item()
     return (lost / total) ** 0.5 if total else 0.0

@@ -119,8 +119,9 @@ def _of_random(weight: Tensor, order: Order, groups: int) -> float:
     channels, rows, columns = matrices(weight, order, groups).shape
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(
-        min(channels, _MOST_RANDOM), rows, columns, generator=generator, dtype=torch.float64
-    )
+        min(channels, _MOST_RANDOM), rows, columns,
+        generator=generator, dtype=torch.float64, device="cpu",
+    )  # fmt: skip
     return Spectrum(order, torch.linalg.svdvals(wide)).first.mean().item()
 
 
@@ -130,7 +131,8 @@ def pair_macs(
     """Multiply-accumulates of T pairs per output position.
 
     The pointwise part of ``pw_dw`` runs in front of the stride, so on ``stride`` times as many
-    positions. A dense kernel takes ``weight.numel()``.
+    positions; on somewhat fewer where the stride does not divide the sides, and on more where there
+    is no padding. A dense kernel takes ``weight.numel()``.
     """
     out_dim, per_group, *sides = weight.shape
     taps, dim = sides[0] * sides[1], per_group * groups

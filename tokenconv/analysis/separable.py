@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.analysis.convolutions import check_finite
-from tokenconv.analysis.factors import Factors, Order, factorise, full_rank
+from tokenconv.analysis.convolutions import check_finite, is_depthwise
+from tokenconv.analysis.factors import Factors, Order, factorise, full_rank, relative_error
 from tokenconv.errors import AnalysisError
 from tokenconv.layers import DWConv
 
@@ -85,8 +86,7 @@ def init_from_dense_(module: nn.Module, conv: nn.Conv2d) -> float:
                 part.bias.zero_()
         if conv.bias is not None:
             parts.last.bias.copy_(conv.bias)
-        lost = parts.factors().expand() - conv.weight
-        return (lost.norm() / conv.weight.norm().clamp(min=1e-30)).item()
+    return relative_error(conv.weight, parts.factors().expand())
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class _Parts:
             raise AnalysisError(f"the depthwise part of {kind} has a residual or an activation")
         if any(_strided(part) for part in pointwise):
             raise AnalysisError(f"a pointwise part of {kind} is no 1x1 convolution with stride 1")
+        if len(pointwise) > 1 and any(getattr(part, "groups", 1) > 1 for part in pointwise):
+            raise AnalysisError(f"one of several pointwise parts of {kind} has groups")
         order = Order.DW_PW if first else Order.PW_DW
         kernels, per_kernel = depthwise.weight.shape[:2]
         dim = getattr(depthwise, "groups", kernels)
@@ -156,13 +158,16 @@ class _Parts:
 
     def write_(self, factors: Factors) -> None:
         """Take a kernel over; several pointwise parts share it by its singular vectors."""
+        factors = factors.padded(self.rank)
         self.depthwise.weight.copy_(factors.depthwise_weight)
         rest = factors.pointwise_weight.flatten(1)
         for part in self.pointwise[:-1]:
             left, values, right = torch.linalg.svd(rest.double(), full_matrices=False)
             inner = len(part.weight)
-            part.weight.copy_(right[:inner].reshape_as(part.weight))
-            rest = left[:, :inner] * values[:inner]
+            right = F.pad(right[:inner], (0, 0, 0, max(0, inner - len(right))))
+            part.weight.copy_(right.reshape_as(part.weight))
+            left = left[:, :inner] * values[:inner]
+            rest = F.pad(left, (0, max(0, inner - left.shape[1])))
         self.pointwise[-1].weight.copy_(rest.reshape_as(self.pointwise[-1].weight))
 
     def bias(self) -> Tensor | None:
@@ -185,11 +190,7 @@ class _Parts:
 
 
 def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, DWConv) or (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size != (1, 1)
-        and 1 < module.groups in (module.in_channels, module.out_channels)
-    )
+    return isinstance(module, DWConv) or (isinstance(module, nn.Conv2d) and is_depthwise(module))
 
 
 def _strided(module: nn.Module) -> bool:

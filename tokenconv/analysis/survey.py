@@ -162,14 +162,15 @@ def analyze(
         raise AnalysisError(f"expected 0 < energy <= 1, got {energy}")
     found = find_dense(model, layers)
     priced = cost(model, input_size, sites=list(found.dense))
-    described = [_layer(name, conv, priced.sites[name].macs) for name, conv in found.dense.items()]
+    macs = {name: priced.sites[name].macs for name in found.dense}
+    unused = {name: "does not run in a forward pass" for name in macs if not macs[name]}
     return Analysis(
         tuple(input_size),
         priced.macs,
         priced.params,
         energy,
-        described,
-        found.passed_over,
+        [_layer(name, conv, macs[name]) for name, conv in found.dense.items() if macs[name]],
+        {**found.passed_over, **unused},
         depthwise_kernels(model),
     )
 

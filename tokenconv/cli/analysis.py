@@ -3,6 +3,7 @@
 import argparse
 import copy
 import shlex
+import textwrap
 from pathlib import Path
 
 from timm.data import resolve_model_data_config
@@ -50,4 +51,8 @@ def run_analyze(args: argparse.Namespace) -> None:
 def _load(model: nn.Module, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise CheckpointError(f"--checkpoint {checkpoint} is no file")
-    load_checkpoint(model, str(checkpoint))
+    try:
+        load_checkpoint(model, str(checkpoint))
+    except Exception as error:  # whatever the file made torch raise
+        why = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise CheckpointError(f"--checkpoint {checkpoint} does not fit: {why}") from error

@@ -73,7 +73,7 @@ def run_meta(
             meter.is_image(x, wants_grad=isinstance(meta, GridModule))
         with torch.inference_mode(False), torch.no_grad(), AttentionAsOne(meter):
             meta.train(training)(x, *grid)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         size = "x".join(str(s) for s in input_size)
         raise MeasurementError(f"the model refuses an image of {size}: {error}") from error
 

@@ -58,6 +58,7 @@ def _of_layers(analysis: Analysis) -> Iterator[str]:
         for layer in layers
         for order in Order
         if layer.separability.spectra[order].rank_for(energy=analysis.energy) == 1
+        and layer.separability.spectra[order].values.shape[1] > 1  # else any kernel is one pair
     }
     yield (
         f"{len(nearly)} of {len(layers)} dense convolutions are nearly separable: one pair keeps "
