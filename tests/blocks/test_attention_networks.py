@@ -244,6 +244,47 @@ def conv2former(dim, depths, kernel_size=11):
     return Pyramid(stems, stages, last)
 
 
+class Weights(nn.Module):
+    """Those of TransNeXt's attention, which is not built here and cannot run.
+
+    It is to all tokens, or with ``pooled`` to the nine around and to averages of all.
+    """
+
+    def __init__(self, dim, heads, pooled):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.cpb = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads))
+        self.temperature, self.query = (
+            nn.Parameter(torch.ones(heads)),
+            nn.Parameter(torch.ones(dim)),
+        )
+        if pooled:
+            self.sr, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+            self.bias = nn.Parameter(torch.ones(heads, 9))
+            self.tokens, self.tokens_bias = (
+                nn.Parameter(torch.ones(rows, 9)) for rows in (dim, heads)
+            )
+
+
+def transnext(dim, depths):
+    """To be counted. One more norm ends every stage."""
+    dims = [dim * 2**i for i in range(4)]
+    stems = [make("patch_embed", dim)]
+    stems += [
+        make("patch_embed", b, in_chans=a, kernel_size=3, stride=2) for a, b in pairwise(dims)
+    ]
+    stages = []
+    for i, (width, ratio) in enumerate(zip(dims, (8, 8, 4, 4), strict=True)):
+        made = [
+            Block(width, Weights(width, width // 24, i < 3),
+                  make("conv_glu", width, mlp_ratio=ratio), eps=1e-6)
+            for _ in range(depths[i])
+        ]  # fmt: skip
+        stages.append([*made, nn.LayerNorm(width, eps=1e-6)])
+    last = stages[-1].pop()
+    return Pyramid(stems, stages, [last])
+
+
 COUNTS = {
     "CoaT-Lite-Tiny": (coat_lite, 5_721_960, 5.7),
     "MViTv2-T": (MViT, 24_173_320, 24),
@@ -254,6 +295,10 @@ COUNTS = {
     "Conv2Former-T": (lambda: conv2former(72, (3, 3, 12, 3)), 26_697_204, 27),
     "Conv2Former-S": (lambda: conv2former(72, (4, 4, 32, 4)), 50_032_692, 50),
     "Conv2Former-B": (lambda: conv2former(96, (4, 4, 34, 4)), 90_029_112, 90),
+    "TransNeXt-Micro": (lambda: transnext(48, (2, 2, 15, 2)), 12_809_304, 12.8),
+    "TransNeXt-Tiny": (lambda: transnext(72, (2, 2, 15, 2)), 28_258_960, 28.2),
+    "TransNeXt-Small": (lambda: transnext(72, (5, 5, 22, 5)), 49_741_564, 49.7),
+    "TransNeXt-Base": (lambda: transnext(96, (5, 5, 23, 5)), 89_721_496, 89.7),
 }
 
 
@@ -264,6 +309,8 @@ def test_count_is_the_published_one(name):
         assert count_of(build()) == exact
     if name.startswith("CSWin"):  # the paper rounds up
         assert math.ceil(exact / 1e6) == millions
+    elif name.startswith("TransNeXt"):  # and here down
+        assert exact // 100_000 == round(10 * millions)
     else:
         assert round(exact / 1e6, 1 if isinstance(millions, float) else None) == millions
 
