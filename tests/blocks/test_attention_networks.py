@@ -320,3 +320,30 @@ def test_network_trains(name):
     model = COUNTS[name][0]()
     model(torch.randn(2, 3, 96, 64)).sin().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def by_formula_(model):
+    """Give weights that depend on their shape alone, so that no names need to agree."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            sides = sum(side for side in value.shape if side > 1)
+            waves = torch.arange(value.numel(), dtype=value.dtype).square().add(sides).sin()
+            around = 1 if key.endswith(("var", "weight")) and value.ndim == 1 else 0
+            value.copy_(around + 0.1 * waves.view(value.shape))
+    return model
+
+
+OFFICIAL = {
+    "CSWin-T": [0.900670359426, -0.796573908895, 0.266769309728, 0.744070588391],
+    "Conv2Former-N": [5.16384167237, 0.0117709868078, -1.51050311176, 0.584464724408],
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@torch.no_grad()
+def test_outputs_are_those_of_the_papers_code(name):
+    """Which was run once, in 64 bits, on the same weights and image."""
+    model = by_formula_(COUNTS[name][0]().double().eval())
+    image = torch.arange(3 * 224 * 224, dtype=torch.float64).square().sin().view(1, 3, 224, 224)
+    expected = torch.tensor(OFFICIAL[name], dtype=torch.float64)
+    torch.testing.assert_close(model(image)[0, :4], expected, rtol=1e-9, atol=1e-9)
