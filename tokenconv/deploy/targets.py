@@ -1,0 +1,184 @@
+"""What a program can be written as: each target writes a file, and reads it back to be checked."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from tokenconv.choice import Choice
+from tokenconv.errors import ExportError
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""Images to all outputs, in order."""
+_ONNX_BYTES = 2**31 - 2**20
+_LEAST_OPSET = 18
+
+
+class Target(Choice):
+    """What a model is exported to."""
+
+    ONNX = "onnx"
+    """An ONNX file, for ONNX Runtime and others."""
+    PT2 = "pt2"
+    """A ``torch.export`` program, for ``torch.export.load``."""
+    AOTI = "aoti"
+    """A package compiled by AOTInductor, for ``torch._inductor.aoti_load_package`` and C++."""
+
+
+class Writer(Protocol):
+    """Writes and reads files of a target."""
+
+    suffix: str
+
+    def check(self) -> None:
+        """Refuse what can be known to fail, before anything is traced."""
+        ...
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """Write a file."""
+        ...
+
+    def load(self, path: Path) -> Run:
+        """Read it as its users will."""
+        ...
+
+
+def writer(target: Target, opset: int | None) -> Writer:
+    """The writer of a target.
+
+    Raises:
+        ExportError: If what it needs is missing, or there is no such opset.
+    """
+    if opset is not None and target != Target.ONNX:
+        raise ExportError(f"an opset is of ONNX files, not of {target}: leave it out")
+    found: Writer = (
+        OnnxWriter(opset)
+        if target == Target.ONNX
+        else Pt2Writer()
+        if target == Target.PT2
+        else AotiWriter()
+    )
+    found.check()
+    return found
+
+
+class OnnxWriter:
+    """ONNX through torch's exporter, checked by ONNX Runtime."""
+
+    suffix = ".onnx"
+
+    def __init__(self, opset: int | None):
+        self.opset = opset
+
+    def check(self) -> None:
+        """See ``Writer``."""
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            try:
+                import_module(name)
+            except ImportError as error:
+                raise ExportError(
+                    f"ONNX files need {name}, which cannot be imported: "
+                    f"pip install 'tokenconv[deploy]'"
+                ) from error
+        most = import_module("onnx").defs.onnx_opset_version()
+        if self.opset is not None and not _LEAST_OPSET <= self.opset <= most:
+            raise ExportError(
+                f"opset {self.opset} cannot be written: torch and the installed onnx have "
+                f"{_LEAST_OPSET} to {most}"
+            )
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """See ``Writer``."""
+        import onnx
+
+        size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+        if size > _ONNX_BYTES:
+            raise ExportError(
+                f"an ONNX file holds 2 GiB at most, and the weights take {size / 2**30:.1f}"
+            )
+        made: Any = torch.onnx.export(
+            program, opset_version=self.opset, verbose=False, input_names=["images"]
+        )
+        made.save(path, external_data=False)
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        foreign = {n.domain for n in onnx_nodes(model.graph)} | {f.domain for f in model.functions}
+        if foreign := foreign - {"", "ai.onnx"}:
+            raise ExportError(f"operators of {', '.join(sorted(foreign))} are left in the graph")
+        (version,) = (one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+        if self.opset is not None and version != self.opset:
+            raise ExportError(
+                f"torch cannot write this model in opset {self.opset}, only in {version}"
+            )
+
+    def load(self, path: Path) -> Run:
+        """See ``Writer``."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def run(images: Tensor) -> Sequence[Tensor]:
+            outputs = session.run(None, {"images": images.cpu().numpy()})
+            return [torch.from_numpy(output) for output in outputs]
+
+        return run
+
+
+def onnx_nodes(graph: Any) -> list[Any]:
+    """All nodes of an ONNX graph, those of branches and loops included."""
+    found = []
+    for node in graph.node:
+        found.append(node)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                found += onnx_nodes(inner)
+    return found
+
+
+class Pt2Writer:
+    """``torch.export``'s own format."""
+
+    suffix = ".pt2"
+
+    def check(self) -> None:
+        """See ``Writer``."""
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """See ``Writer``."""
+        torch.export.save(program, path)
+
+    def load(self, path: Path) -> Run:
+        """See ``Writer``."""
+        module = torch.export.load(path).module()
+        return lambda images: flat(module(images))
+
+
+class AotiWriter:
+    """Machine code, for the kind of processor it was made on."""
+
+    suffix = ".pt2"
+
+    def check(self) -> None:
+        """See ``Writer``."""
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """See ``Writer``."""
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+    def load(self, path: Path) -> Run:
+        """See ``Writer``."""
+        module = torch._inductor.aoti_load_package(str(path))
+        return lambda images: flat(module(images))
+
+
+def flat(output: Any) -> list[Tensor]:
+    """All tensors in what a model returns."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
