@@ -78,30 +78,26 @@ def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
 def _multiple(model: nn.Module, given: int | tuple[int, int] | None) -> tuple[int, int]:
     """What H and W must be multiples of: as told, or as the model says of itself.
 
-    timm's models have a ``patch_embed`` with a ``patch_size``, and a ``feature_info`` that says how
-    much smaller than the image each stage is.
+    timm's models have a ``feature_info`` that says how much smaller than the image each stage is.
+    A ``patch_embed`` has a ``patch_size``; patches may overlap, so it is asked last.
     """
     if given is not None:
         rows, cols = (given, given) if isinstance(given, int) else given
         if min(rows, cols) < 1:
             raise ExportError(f"expected multiple_of of 1 or more, got {given}")
         return rows, cols
-    seen: list[tuple[int, int]] = []
-    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if isinstance(patch, int):
-        seen.append((patch, patch))
-    elif patch is not None:
-        seen.append((patch[0], patch[1]))
     info: Any = getattr(model, "feature_info", None)
-    for stage in info if isinstance(info, list) else []:
-        if isinstance(reduction := stage.get("reduction"), int):
-            seen.append((reduction, reduction))
-    if not seen:
+    stages = info if isinstance(info, list) else []
+    if reductions := [r for stage in stages if isinstance(r := stage.get("reduction"), int)]:
+        least = math.lcm(*reductions)
+        return least, least
+    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
         raise ExportError(
             f"a {type(model).__name__} does not say which image sizes it takes: with 'hw' in "
             f"dynamic, say what H and W are multiples of, with multiple_of"
         )
-    return math.lcm(*(rows for rows, _ in seen)), math.lcm(*(cols for _, cols in seen))
+    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
 def _units(size: tuple[int, int], step: tuple[int, int]) -> tuple[int, int]:

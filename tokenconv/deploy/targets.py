@@ -1,5 +1,6 @@
 """What a program can be written as: each target writes a file, and reads it back to be checked."""
 
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 """Images to all outputs, in order."""
 _ONNX_BYTES = 2**31 - 2**20
 _LEAST_OPSET = 18
+_SYMBOL = re.compile(r"\bs\d+\b")
 
 
 class Target(Choice):
@@ -106,6 +108,8 @@ class OnnxWriter:
         )
         made.save(path, external_data=False)
         model = onnx.load(path)
+        _name_axes(model.graph)
+        onnx.save(model, path)
         onnx.checker.check_model(model, full_check=True)
         foreign = {n.domain for n in onnx_nodes(model.graph)} | {f.domain for f in model.functions}
         if foreign := foreign - {"", "ai.onnx"}:
@@ -130,6 +134,22 @@ class OnnxWriter:
             return [torch.from_numpy(output) for output in outputs]
 
         return run
+
+
+def _name_axes(graph: Any) -> None:
+    """Call the open axes of the images ``batch``, ``rows`` and ``cols``, not ``s77`` and the like.
+
+    Where sizes go in steps, an axis reads ``16*rows``.
+    """
+    axes = dict(zip((0, 2, 3), ("batch", "rows", "cols"), strict=True))
+    names: dict[str, str] = {}
+    for axis, name in axes.items():
+        for symbol in _SYMBOL.findall(graph.input[0].type.tensor_type.shape.dim[axis].dim_param):
+            names[symbol] = name
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = _SYMBOL.sub(lambda m: names.get(m[0], m[0]), dim.dim_param)
 
 
 def onnx_nodes(graph: Any) -> list[Any]:
