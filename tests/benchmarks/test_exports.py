@@ -32,7 +32,7 @@ def some(name):
     return pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(some, tc.BLOCKS))
+@pytest.mark.parametrize("name", [some(name) for name in tc.BLOCKS])
 def test_a_block_as_onnx_at_sizes_nobody_told_it(exports, tmp_path, name):
     report = exports.attempt(name, Target.ONNX, tmp_path)
     told = {report.traced, *(one.shape for one in report.checked)}
@@ -56,7 +56,7 @@ def test_a_block_as_a_compiled_package(exports, tmp_path, name):
     assert exports.attempt(name, Target.AOTI, tmp_path).difference < 1e-4
 
 
-@pytest.mark.parametrize("name", map(some, tc.BLOCKS))
+@pytest.mark.parametrize("name", [some(name) for name in tc.BLOCKS])
 def test_a_block_as_a_program(exports, tmp_path, name):
     assert exports.attempt(name, Target.PT2, tmp_path).difference < 1e-4
 

@@ -98,7 +98,7 @@ def test_the_report_says_what_was_checked(exported):
 
 def test_a_pt2_file_runs_without_tokenconv_and_timm(hybrid, tmp_path):
     path = tmp_path / "hybrid.pt2"
-    tc.export(hybrid, path, to="pt2", input_size=(3, 96, 64), dynamic=("batch", "hw"))
+    tc.export(hybrid, path, to="pt2", input_size=(3, 160, 160), dynamic=("batch", "hw"))
     shapes = [(1, 3, 48, 112), (3, 3, 176, 80)]
     inputs = [images_of(shape) for shape in shapes]
     with torch.no_grad():
@@ -171,6 +171,28 @@ class Several(nn.Module):
 def test_every_output_is_compared(tmp_path, name):
     report = tc.export(Several(), tmp_path / name, to=name[2:], input_size=(3, 8, 12))
     assert report.difference < 1e-6
+
+
+class MadeForOneSize(nn.Module):
+    """Resizes what it learned for one size, unless images have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 3, 8, 12))
+
+    def forward(self, x):
+        position = self.position
+        if x.shape[2:] != position.shape[2:]:
+            position = nn.functional.interpolate(position, x.shape[2:], mode="bilinear")
+        return (x * position).mean((2, 3))
+
+
+def test_the_size_a_model_was_made_for_stays_open(tmp_path):
+    report = tc.export(
+        MadeForOneSize(), tmp_path / "a.onnx", input_size=(3, 8, 12), dynamic=("batch", "hw"),
+        multiple_of=4,
+    )  # fmt: skip
+    assert (1, 3, 8, 12) in [one.shape for one in report.checked]
 
 
 class Triton(nn.Module):
