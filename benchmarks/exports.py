@@ -78,17 +78,15 @@ def attempt(name: str, target: Target, folder: Path) -> ExportReport:
     )
 
 
-def sweep(names: Sequence[str], targets: Sequence[Target]) -> dict[str, dict[str, str]]:
-    """What came of every block and target: the largest difference, or why not."""
-    found: dict[str, dict[str, str]] = {name: {} for name in names}
+def sweep(names: Sequence[str], targets: Sequence[Target]) -> Iterator[tuple[str, Target, str]]:
+    """What comes of every block and target: the largest difference, or why not."""
     todo = [(name, target) for target in targets for name in names]
     with tempfile.TemporaryDirectory() as folder:
         for name, target in tqdm(todo, unit="file"):
             try:
-                found[name][target] = f"{attempt(name, target, Path(folder)).difference:.1e}"
+                yield name, target, f"{attempt(name, target, Path(folder)).difference:.1e}"
             except tc.ExportError as error:
-                found[name][target] = f"no: {error}"
-    return found
+                yield name, target, f"no: {error}"
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
@@ -130,16 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", type=Target.of, default=[*Target])
     parser.add_argument("--out", type=Path, default=ROOT / "EXPORTS.md")
     args = parser.parse_args(argv)
-    names = [*_matching(args.blocks)]
-    old, new = kept(args.out), sweep(names, args.targets)
-    rows = {name: {**old.get(name, {}), **new.get(name, {})} for name in tc.BLOCKS}
-    args.out.write_text(table(rows))
-    print(table(new))
-    return int(any(cell.startswith("no: ") for row in new.values() for cell in row.values()))
-
-
-def _matching(pattern: str) -> Iterator[str]:
-    return (name for name in tc.BLOCKS if fnmatchcase(name, pattern))
+    names = [name for name in tc.BLOCKS if fnmatchcase(name, args.blocks)]
+    found, rows = kept(args.out), {name: dict[str, str]() for name in tc.BLOCKS}
+    rows |= {name: row for name, row in found.items() if name in rows}
+    failed = 0
+    for name, target, cell in sweep(names, args.targets):
+        rows[name][target] = cell
+        failed += cell.startswith("no: ")
+        args.out.write_text(table(rows))  # each at once, since all take an hour
+    print(table({name: rows[name] for name in names}))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
