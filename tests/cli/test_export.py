@@ -1,5 +1,6 @@
 """``export``: what it writes and prints, and how it refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def test_a_folded_hybrid_of_any_size(tmp_path: Path, capsys):
     assert main([*SMALL, *words, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("3 of 3 inserted modules folded\n")
+    folding = re.search(r"^  largest difference from before: (\S+) of the", printed, re.MULTILINE)
+    assert folding
+    assert 0 < float(folding[1]) < 1e-5  # another kernel ran
     assert f"{out}: pt2, float32, " in printed
     assert "open: batch and hw; sizes from 32x32 on, in steps of 16x16" in printed
     images = torch.randn(3, 3, 80, 64)
@@ -33,6 +37,17 @@ def test_a_folded_hybrid_of_any_size(tmp_path: Path, capsys):
         torch.testing.assert_close(
             torch.export.load(out).module()(images), expected, rtol=1e-4, atol=1e-5
         )
+
+
+def test_folding_that_changes_the_output_is_refused(tmp_path: Path, monkeypatch, capsys):
+    def fold_wrongly(model):
+        model.blocks[0].mlp.fc2.weight.mul_(2)
+
+    monkeypatch.setattr("tokenconv.cli.exporting.fold_", fold_wrongly)
+    words = ["--block", "mix_ffn", "--fold", "--out", str(tmp_path / "a.pt2")]
+    assert main([*SMALL, *words]) == 1
+    assert "folding changes the output by" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_plan_from_a_file(tmp_path: Path, capsys):

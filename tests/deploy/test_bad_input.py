@@ -26,9 +26,21 @@ class NoNumber(nn.Module):
         return x.mean((2, 3)) / 0 * 0
 
 
+class OneNumber(nn.Module):
+    """Two outputs, and the second is none."""
+
+    def forward(self, x):
+        return x.mean((2, 3)), x.mean((2, 3)) / 0 * 0
+
+
 class ReadsValues(nn.Module):
     def forward(self, x):
         return x + 1 if x.sum() > 0 else x
+
+
+class NotInOnnx(nn.Module):
+    def forward(self, x):
+        return torch.linalg.eigvalsh(x.flatten(2) @ x.flatten(2).mT)
 
 
 class OwnOperator(nn.Module):
@@ -59,6 +71,7 @@ def refused(tmp_path):
 def test_a_file_that_does_not_agree(refused):
     refused(Noisy(), r"the pt2 file does not agree with the model on images of 1x3x8x12: it is off")
     refused(Noisy(1e-3), "does not agree", tolerance=1e-6)
+    refused(OneNumber(), "off by nan")
     refused(NoNumber(), "off by nan of the largest output, and 1e-04 is allowed")
 
 
@@ -136,3 +149,9 @@ def test_a_missing_extra(refused, small, monkeypatch):
 def test_a_dtype_that_the_runtime_does_not_compute(refused, small):
     message = "cannot be written as onnx: .*Could not find an implementation for Conv"
     refused(small, message, "a.onnx", dtype=torch.float64)
+    refused(small, "onnx|file", "a.onnx", dtype=torch.bfloat16)
+
+
+def test_an_operator_that_onnx_does_not_have(refused):
+    message = r"torch cannot write this model as onnx: .*aten.*eigh"
+    refused(NotInOnnx(), message, "a.onnx")

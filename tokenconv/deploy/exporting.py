@@ -1,6 +1,7 @@
 """Export a model, compare the file with it, and keep the file only if they agree."""
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -201,9 +202,17 @@ def _difference(run: Run, images: Tensor, expected: list[Tensor]) -> float:
     except Exception as error:  # of the runtime
         size = "x".join(map(str, images.shape))
         raise ExportError(f"the file does not take images of {size}: {brief(error)}") from error
+    return largest_difference(got, expected)
+
+
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Between outputs, relative to the largest of each; infinite where shapes do not fit."""
     if [t.shape for t in got] != [t.shape for t in expected]:
         return float("inf")
-    return max(map(_relative, got, expected), default=float("inf"))
+    found = [_relative(*pair) for pair in zip(got, expected, strict=True)]
+    if any(math.isnan(one) for one in found):  # which ``max`` may pass over
+        return float("nan")
+    return max(found, default=float("inf"))
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

@@ -1,5 +1,6 @@
 """From a model to a ``torch.export`` program of standard operators."""
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tokenconv.ops.depthwise_conv import triton
 
 _STANDARD = {"aten", "prim", "prims", "higher_order"}
 """Namespaces of operators that every PyTorch has."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def program_of(model: nn.Module, images: Tensor, sizes: Sizes) -> ExportedProgram:
@@ -51,7 +53,7 @@ def program_of(model: nn.Module, images: Tensor, sizes: Sizes) -> ExportedProgra
 
 def brief(error: BaseException, most: int = 400) -> str:
     """An error in one line; torch's are pages long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]}..."
 
 

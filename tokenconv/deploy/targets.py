@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from tokenconv.choice import Choice
+from tokenconv.deploy.programs import brief
 from tokenconv.errors import ExportError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -103,9 +104,13 @@ class OnnxWriter:
             raise ExportError(
                 f"an ONNX file holds 2 GiB at most, and the weights take {size / 2**30:.1f}"
             )
-        made: Any = torch.onnx.export(
-            program, opset_version=self.opset, verbose=False, input_names=["images"]
-        )
+        try:
+            made: Any = torch.onnx.export(
+                program, opset_version=self.opset, verbose=False, input_names=["images"]
+            )
+        except torch.onnx.errors.OnnxExporterError as error:  # what went wrong is in its cause
+            why = brief(error.__cause__ or error)
+            raise ExportError(f"torch cannot write this model as onnx: {why}") from error
         made.save(path, external_data=False)
         model = onnx.load(path)
         _name_axes(model.graph)
@@ -126,7 +131,7 @@ class OnnxWriter:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised as well
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> Sequence[Tensor]:
