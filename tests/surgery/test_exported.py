@@ -20,14 +20,13 @@ OPEN = {
     "eva": 14,
     "qwen3_vit": 16,
     "deepseek_vit": 14,
-    "gemma4_vit": 16,
     "naflexvit": 16,
     "twins, pcpvt": 32,
     "pvt_v2": 32,
 }
 """Families whose models are exported for any size, and the steps of H and W."""
-REFUSED = {"vision_transformer_sam": "scaled_dot_product_attention"}
-"""Families that torch cannot write as ONNX, and the operator it says so about."""
+REFUSED = {"gemma4_vit": "topologically sorted"}
+"""Families that torch does not write as ONNX, and what it says."""
 ANY_SIZE = ("vision_transformer", "deit", "eva")
 
 

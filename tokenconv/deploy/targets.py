@@ -105,6 +105,7 @@ class OnnxWriter:
                 f"an ONNX file holds 2 GiB at most, and the weights take {size / 2**30:.1f}"
             )
         try:
+            program = _spelled_out(program)
             made: Any = torch.onnx.export(
                 program, opset_version=self.opset, verbose=False, input_names=["images"]
             )
@@ -139,6 +140,31 @@ class OnnxWriter:
             return [torch.from_numpy(output) for output in outputs]
 
         return run
+
+
+def _spelled_out(program: ExportedProgram) -> ExportedProgram:
+    """The program with attention as matrix products, if any is not on four axes.
+
+    Windows have an axis more, which torch's translation to ONNX does not take.
+    """
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = [node for node in program.graph.nodes if node.target == attention]
+    if all(node.args[0].meta["val"].ndim == 4 for node in nodes):
+        return program
+    return program.run_decompositions({attention: _attention})
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if is_causal or enable_gqa:
+        raise ExportError("causal and grouped attention on more than four axes is not written")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        allowed = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if allowed else scores + mask
+    return scores.softmax(-1) @ value
 
 
 def _name_axes(graph: Any) -> None:
