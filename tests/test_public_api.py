@@ -10,11 +10,12 @@ import tokenconv as tc
 
 PUBLIC = [
     "BLOCKS", "AnalysisError", "BlockInfo", "CheckpointError", "Comparison", "Cost", "DWConv",
-    "GridError", "Impl", "MeasurementError", "MixFFN", "MultiGrid", "Plan", "SeparableConv",
-    "SparseGrid", "SurgeryError", "TokenConvError", "TokenGrid", "UnknownNameError", "accelerate_",
-    "analysis", "compare", "cost", "create_block", "decelerate_", "decompose_", "depthwise_conv",
-    "fold_", "freeze_grid_", "insert_", "keep_tokens", "list_blocks", "load_", "load_official",
-    "map_to_tokens", "param_groups", "plan", "remove_", "save", "tokens_to_map", "trainable_",
+    "ExportError", "GridError", "Impl", "MeasurementError", "MixFFN", "MultiGrid", "Plan",
+    "SeparableConv", "SparseGrid", "SurgeryError", "TokenConvError", "TokenGrid",
+    "UnknownNameError", "accelerate_", "analysis", "compare", "cost", "create_block",
+    "decelerate_", "decompose_", "depthwise_conv", "export", "fold_", "freeze_grid_", "insert_",
+    "keep_tokens", "list_blocks", "load_", "load_official", "map_to_tokens", "param_groups",
+    "plan", "remove_", "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def test_python_blocks_run_in_order_and_print_what_their_comments_say(
         "plan.json",
         "delta.safetensors",
     }
+    assert (tmp_path / "hybrid.onnx").is_file()
 
 
 def test_insertion_takes_ten_lines():
@@ -48,13 +49,20 @@ def test_insertion_takes_ten_lines():
     assert len([line for line in insertion.splitlines() if line.strip()]) <= 10
 
 
+def test_export_takes_two_lines():
+    exporting = next(block for block in PYTHON if "tc.export" in block)
+    assert len(exporting.splitlines()) == 3  # and one that makes a model
+
+
 def test_readme_has_commands():
-    assert {command.split()[1] for command in COMMANDS} == {"plan", "compare", "cost", "analyze"}
+    assert {command.split()[1] for command in COMMANDS} == {
+        "plan", "compare", "cost", "analyze", "export",
+    }  # fmt: skip
     assert {"make demo", "make test"} <= set(SHELL)
 
 
 def _command(line):
-    takes_long = any(option in line for option in ("--sweep", "--beside", "--budget"))
+    takes_long = any(option in line for option in ("--sweep", "--beside", "--budget", " export "))
     return pytest.param(line, marks=pytest.mark.slow if takes_long else ())
 
 
@@ -71,6 +79,8 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         hybrid = tc.insert_(timm.create_model(words[1]), "mix_ffn")
         tc.save(hybrid, words[words.index("--hybrid") + 1])
     assert main(words) == 0
+    if words[0] == "export":
+        assert (tmp_path / words[words.index("--out") + 1]).is_file()
     assert capsys.readouterr().out
     made = {path.name for path in tmp_path.glob("tokenconv-[ra]*/[!.]*")}
     reports = {"report.html", "report.md"}

@@ -18,6 +18,7 @@ from tokenconv.costs import Cost, cost
 from tokenconv.errors import (
     AnalysisError,
     CheckpointError,
+    ExportError,
     GridError,
     MeasurementError,
     SurgeryError,
@@ -31,6 +32,7 @@ from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 if TYPE_CHECKING:
     from tokenconv import analysis
     from tokenconv.analysis import decompose_
+    from tokenconv.deploy import export
     from tokenconv.profiling import Comparison, compare
     from tokenconv.surgery import (
         Plan,
@@ -58,6 +60,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "DWConv",
+    "ExportError",
     "GridError",
     "Impl",
     "MeasurementError",
@@ -78,6 +81,7 @@ __all__ = [
     "decelerate_",
     "decompose_",
     "depthwise_conv",
+    "export",
     "fold_",
     "freeze_grid_",
     "insert_",
@@ -96,6 +100,7 @@ __all__ = [
 
 _LATER = {
     "decompose_": "tokenconv.analysis",
+    "export": "tokenconv.deploy",
     "Comparison": "tokenconv.profiling",
     "compare": "tokenconv.profiling",
     "Plan": "tokenconv.surgery",

@@ -28,6 +28,10 @@ class AnalysisError(TokenConvError, ValueError):
     """A kernel cannot be analysed or taken apart; the model is left as it was."""
 
 
+class ExportError(TokenConvError, RuntimeError):
+    """A model cannot be exported so, or what was exported does not agree; no file is left."""
+
+
 class UnknownNameError(TokenConvError, ValueError):
     """A name that is not in a list of valid names; the nearest ones are in the message."""
 

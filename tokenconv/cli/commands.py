@@ -14,6 +14,7 @@ from tokenconv.blocks import BLOCKS, list_blocks
 from tokenconv.blocks.listing import to_json, to_markdown
 from tokenconv.cli.analysis import run_analyze
 from tokenconv.cli.arms import build_arms
+from tokenconv.cli.exporting import run_export
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.cli.prices import as_json, as_table, price_of
 from tokenconv.cli.sweeps import run_sweep
@@ -224,6 +225,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "analyze": run_analyze,
     "compare": run_compare,
     "cost": run_cost,
+    "export": lambda args: run_export(args, _where(args)),
     "list": run_list,
     "plan": run_plan,
 }

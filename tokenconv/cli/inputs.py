@@ -1,6 +1,7 @@
 """What the commands work on: timm models by name, and photographs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from tokenconv.errors import MeasurementError, UnknownNameError
 
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+)
+"""How timm's models are asked to take images of any size, by family; others have no such word."""
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
@@ -21,6 +27,7 @@ def build_model(
     *,
     num_classes: int | None = None,
     pretrained: bool = False,
+    any_size: bool = False,
 ) -> nn.Module:
     """Make a timm model for an image size.
 
@@ -29,6 +36,8 @@ def build_model(
         img_size: Rows and columns; None takes the model's own.
         num_classes: None takes the model's own.
         pretrained: Load its weights.
+        any_size: Let it take images of every size, where its family can; its position embedding
+            is of its own size then.
 
     Raises:
         UnknownNameError: If timm has no such model.
@@ -40,6 +49,9 @@ def build_model(
     try:
         config = timm.get_pretrained_cfg(name)
         kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        for more in _ANY_SIZE if any_size else ():
+            with suppress(TypeError):  # it has no such argument
+                return timm.create_model(name, pretrained=pretrained, **kwargs, **more)
         if img_size:
             kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
             if config is not None and config.fixed_input_size:

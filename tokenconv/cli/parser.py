@@ -16,6 +16,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         _check_together(parser, args)
     if args.command == "cost":
         _check_cost(parser, args)
+    if args.command == "export":
+        _check_export(parser, args)
     return args
 
 
@@ -39,6 +41,20 @@ def _check_cost(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     nameless = args.dim is None and args.block is None
     if nameless and any(value is not None for value in (*where, args.kernel_size)):
         parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
+
+
+def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of ``export`` that make no sense together."""
+    if args.block is None and any(
+        value is not None for value in (args.kernel_size, args.site, args.blocks)
+    ):
+        parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
+    if args.fold and args.block is args.hybrid is args.plan is None:
+        parser.error("--fold is about what was inserted: name it with --block, --plan or --hybrid")
+    if args.opset is not None and args.to != "onnx":
+        parser.error(f"--opset is of ONNX files, not of {args.to}")
+    if args.multiple_of is not None and "hw" not in args.dynamic:
+        parser.error("--multiple-of is about open image sizes: add hw to --dynamic")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -78,6 +94,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_block_options(pricing)
 
     _add_analyze(commands)
+    _add_export(commands)
 
     comparing = commands.add_parser(
         "compare",
@@ -183,6 +200,60 @@ def _add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     analyzing.add_argument("--images", type=Path, metavar="DIR", help="photographs for --fields")
     analyzing.add_argument("--batch-size", type=_positive, default=8, help="images for --fields")
     analyzing.add_argument("--out", type=Path, default=Path("tokenconv-analysis"), metavar="DIR")
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    exporting = commands.add_parser(
+        "export",
+        help="write a model as ONNX, a torch.export program or an AOTInductor package",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    exporting.add_argument("model", metavar="MODEL", help="name of a timm model")
+    inserted = exporting.add_mutually_exclusive_group()
+    inserted.add_argument("--block", metavar="NAME", help="put this block into the model first")
+    inserted.add_argument(
+        "--plan", type=Path, metavar="JSON", help="insert what this plan says (tokenconv plan)"
+    )
+    inserted.add_argument(
+        "--hybrid", type=Path, metavar="DIR", help="insert and load what tokenconv.save wrote"
+    )
+    _add_block_options(exporting)
+    exporting.add_argument("--pretrained", action="store_true", help="load pretrained weights")
+    exporting.add_argument("--num-classes", type=_positive, help="None takes the model's own")
+    exporting.add_argument("--to", default="onnx", choices=("onnx", "pt2", "aoti"))
+    exporting.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="ending in .onnx or .pt2"
+    )
+    exporting.add_argument(
+        "--dynamic",
+        type=_axes,
+        default=("batch",),
+        metavar="AXES",
+        help="what stays open: batch, hw, both (hw,batch) or none",
+    )
+    exporting.add_argument(
+        "--multiple-of",
+        type=_positive,
+        help="with hw: what H and W are multiples of; None asks the model",
+    )
+    exporting.add_argument(
+        "--batch-size", type=_positive, default=1, help="where batch is not open"
+    )
+    exporting.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
+    )
+    exporting.add_argument("--opset", type=_positive, help="of ONNX; None takes torch's choice")
+    exporting.add_argument(
+        "--fold", action="store_true", help="fold what was inserted first, and say what could be"
+    )
+
+
+def _axes(text: str) -> tuple[str, ...]:
+    axes = () if text == "none" else tuple(text.split(","))
+    if not {*axes} <= {"batch", "hw"} or len({*axes}) < len(axes):
+        raise argparse.ArgumentTypeError(f"expected batch, hw, hw,batch or none, got {text!r}")
+    return axes
 
 
 def _add_block_options(parser: argparse.ArgumentParser) -> None:

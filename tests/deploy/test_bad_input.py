@@ -1,0 +1,157 @@
+"""What cannot be exported is refused in one line, and leaves nothing behind."""
+
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenconv as tc
+
+
+class Noisy(nn.Module):
+    """Never returns the same twice."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x.mean((2, 3)) + self.scale * torch.randn_like(x.mean((2, 3)))
+
+
+class NoNumber(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) / 0 * 0
+
+
+class OneNumber(nn.Module):
+    """Two outputs, and the second is none."""
+
+    def forward(self, x):
+        return x.mean((2, 3)), x.mean((2, 3)) / 0 * 0
+
+
+class ReadsValues(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x
+
+
+class NotInOnnx(nn.Module):
+    def forward(self, x):
+        return torch.linalg.eigvalsh(x.flatten(2) @ x.flatten(2).mT)
+
+
+class OwnOperator(nn.Module):
+    def forward(self, x):
+        return torch.ops.tokenconv_test.twice(x)
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Exports, and expects an error that leaves the folder as it was."""
+
+    def run(model, message, name="a.pt2", error=tc.ExportError, **options):
+        to = options.pop("to", "onnx" if name.endswith("onnx") else "pt2")
+        kept = tmp_path / name
+        kept.write_bytes(b"an older file")
+        with pytest.raises(error, match=message) as caught:
+            tc.export(model, kept, to=to, **{"input_size": (3, 8, 12), **options})
+        assert "\n" not in str(caught.value)
+        assert kept.read_bytes() == b"an older file"
+        kept.unlink()
+        with pytest.raises(error, match=message):
+            tc.export(model, kept, to=to, **{"input_size": (3, 8, 12), **options})
+        assert not [*tmp_path.iterdir()]
+
+    return run
+
+
+def test_a_file_that_does_not_agree(refused):
+    refused(Noisy(), r"the pt2 file does not agree with the model on images of 1x3x8x12: it is off")
+    refused(Noisy(1e-3), "does not agree", tolerance=1e-6)
+    refused(OneNumber(), "off by nan")
+    refused(NoNumber(), "off by nan of the largest output, and 1e-04 is allowed")
+
+
+def test_a_tolerance_of_ones_own(tmp_path):
+    report = tc.export(
+        Noisy(1e-3), tmp_path / "a.pt2", to="pt2", input_size=(3, 8, 12), tolerance=1
+    )
+    assert 1e-4 < report.difference < 1
+
+
+def test_a_model_of_one_size(refused):
+    vit = timm.create_model("test_vit", img_size=(32, 48), dynamic_img_size=False).eval()
+    message = (
+        r"this VisionTransformer does not take images of 2x3x48x80; to leave sizes open, make it "
+        r"so that it takes others \(timm: dynamic_img_size=True or strict_img_size=False\)"
+    )
+    refused(vit, message, input_size=(3, 32, 48), dynamic=("batch", "hw"))
+    refused(vit, "does not take images of 2x3x64x48: Input height", input_size=(3, 64, 48))
+
+
+def test_a_model_that_cannot_be_traced(refused):
+    refused(ReadsValues(), "torch.export cannot trace this ReadsValues with 'batch' open: ")
+
+
+def test_sizes_that_do_not_fit(refused, small):
+    vit = timm.create_model("test_vit", dynamic_img_size=True).eval()
+    both = {"dynamic": ("batch", "hw")}
+    refused(small, "a Sequential does not say which image sizes it takes", **both)
+    refused(vit, "steps of 16x16, and W=40 is no multiple of 16", input_size=(3, 32, 40), **both)
+    refused(vit, "H=16 is too small", input_size=(3, 16, 32), **both)
+    refused(small, "expected multiple_of of 1 or more, got 0", multiple_of=0, **both)
+    refused(small, "multiple_of is about open image sizes", multiple_of=4)
+    refused(small, r"dynamic takes 'batch' and 'hw', got 'height'", dynamic=("height",))
+    refused(small, r"expected an input size \(C, H, W\), got \(8, 12\)", input_size=(8, 12))
+    refused(small, "a batch of one image or more, got 0", dynamic=(), batch_size=0)
+    refused(small, "does not take images of 2x5x8x12", input_size=(5, 8, 12))
+
+
+def test_targets_and_opsets_that_do_not_exist(refused, small):
+    refused(small, "unknown target 'onyx': did you mean onnx", to="onyx", error=tc.UnknownNameError)
+    refused(
+        small, "opset 9 cannot be written: torch and the installed onnx have 18", "a.onnx", opset=9
+    )
+    refused(small, "opset 99 cannot be written", "a.onnx", opset=99)
+    refused(small, "an opset is of ONNX files, not of pt2", opset=20)
+
+
+def test_paths_that_cannot_be_files(small, tmp_path):
+    for path, message in (
+        (tmp_path / "a.onnx", r"pt2 is written to a file ending in .pt2, got .*a.onnx"),
+        (tmp_path / "nowhere" / "a.pt2", "its folder is missing"),
+    ):
+        with pytest.raises(tc.ExportError, match=message):
+            tc.export(small, path, to="pt2", input_size=(3, 8, 12))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_models_without_weights_or_of_eight_bits(refused, small):
+    refused(small.to("meta"), "on the meta device")
+    refused(nn.Linear(3, 3).to(torch.float8_e4m3fn), "expected a model in float32 or like it")
+
+
+def test_operators_of_other_libraries(refused):
+    with torch.library._scoped_library("tokenconv_test", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+        refused(OwnOperator(), "only exist where their library is imported: tokenconv_test::twice")
+
+
+def test_a_missing_extra(refused, small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refused(small, r"ONNX files need onnxscript.*pip install 'tokenconv\[deploy\]'", "a.onnx")
+
+
+def test_a_dtype_that_the_runtime_does_not_compute(refused, small):
+    message = "cannot be written as onnx: .*Could not find an implementation for Conv"
+    refused(small, message, "a.onnx", dtype=torch.float64)
+    refused(small, "onnx|file", "a.onnx", dtype=torch.bfloat16)
+
+
+def test_an_operator_that_onnx_does_not_have(refused):
+    message = r"torch cannot write this model as onnx: .*aten.*eigh"
+    refused(NotInOnnx(), message, "a.onnx")

@@ -1,0 +1,6 @@
+"""Models leave Python: ONNX, ``torch.export`` and AOTInductor, each checked before it is kept."""
+
+from tokenconv.deploy.exporting import Checked, ExportReport, export
+from tokenconv.deploy.targets import Target
+
+__all__ = ["Checked", "ExportReport", "Target", "export"]
