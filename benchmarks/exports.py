@@ -23,14 +23,15 @@ import tokenconv as tc
 from tokenconv.deploy import ExportReport, Target
 
 ROOT = Path(__file__).resolve().parents[1]
-DIM, STEP = 16, 4
-SIZE = (DIM, 5 * STEP, 6 * STEP)
+DIM, STEP, STEM_STEP = 16, 4, 32
+SIZE, STEM_SIZE = (DIM, 5 * STEP, 6 * STEP), (3, 5 * STEM_STEP, 6 * STEM_STEP)
 
 
 class OnMaps(nn.Module):
     """A block that is given maps ``(B, C, H, W)``: as they are, or as tokens behind a class token.
 
-    Blocks of several scales are given the map, and what pooling makes of it, in one sequence.
+    Blocks of several scales are given the map, and what pooling makes of it, in one sequence; stems
+    are given images.
     """
 
     def __init__(self, name: str):
@@ -42,6 +43,8 @@ class OnMaps(nn.Module):
         """Run the block."""
         if self.kind == "maps":
             return self.block(x)
+        if self.kind == "stem":
+            return self.block(x)[0]
         rows, cols = x.shape[2:]
         maps = [x]
         if self.kind == "scales":
@@ -73,9 +76,11 @@ def attempt(name: str, target: Target, folder: Path) -> ExportReport:
         ExportError: If it cannot be.
     """
     path = folder / f"{name}.{'onnx' if target == Target.ONNX else 'pt2'}"
+    is_stem = tc.BLOCKS[name].kind == "stem"
     return tc.export(
-        make(name), path, to=target, input_size=SIZE, dynamic=("batch", "hw"), multiple_of=STEP
-    )
+        make(name), path, to=target, dynamic=("batch", "hw"),
+        input_size=STEM_SIZE if is_stem else SIZE, multiple_of=STEM_STEP if is_stem else STEP,
+    )  # fmt: skip
 
 
 def sweep(names: Sequence[str], targets: Sequence[Target]) -> Iterator[tuple[str, Target, str]]:
