@@ -185,9 +185,7 @@ def pyramid(
     """
     mid, made, count = int(out_dim * width_ratio), out_size(size, stride), len(kernel_sizes)
     wide = mid if add else mid * count
-    collected = _moved(2 * count * mid, made)
-    if add:  # stacked, then summed
-        collected += _moved((count + 1) * mid, made)
+    collected = _moved(3 * (count - 1) * mid if add else 2 * count * mid, made)
     parts = [
         _norm_act(dim, size),
         standard(dim, mid, 1, size),
