@@ -194,14 +194,19 @@ def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
         highest = max((p for p in points if p["model"] == name), key=lambda p: p["time"]["median"])
         axis.annotate(
             name, (highest["macs"], highest["time"]["median"]), fontsize=8,
-            xytext=(0, 7), textcoords="offset points", ha="center",
+            xytext=(0, 9), textcoords="offset points", ha="center",
         )  # fmt: skip
     ends = [min(p["macs"] for p in points) / 1.3, max(p["macs"] for p in points) * 1.3]
     axis.plot(ends, ends, color="black", linewidth=1, label="as many times faster as fewer MACs")
     axis.set(xscale="log", yscale="log", xlabel=f"MACs of {REFERENCE} over MACs",
              ylabel=f"time of {REFERENCE} over time")  # fmt: skip
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_ticks(ticks, [f"{tick}x" for tick in ticks])
+        scale.set_ticks([], minor=True)
+    axis.set(xlim=(ends[0] / 1.2, ends[1] * 1.2), ylim=(1, ends[1] * 1.2))
     axis.set_title(f"{result['device']}, {result['dtype']}", fontsize=9)
-    axis.grid(which="both", alpha=0.3)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format=ending, dpi=110)
