@@ -9,7 +9,6 @@ from torch import nn
 
 from tokenconv.blocks.ffn import MultiScaleFFN
 from tokenconv.blocks.maps import MapBlock
-from tokenconv.blocks.stems import Stem
 from tokenconv.costs.meter import AttentionAsOne, Meter
 from tokenconv.errors import MeasurementError
 from tokenconv.layers import GridModule
@@ -81,7 +80,7 @@ def run_meta(
 
 def _batch_for(meta: nn.Module, batch: int, input_size: Sequence[int]) -> tuple[Any, ...]:
     """Shape of what a module takes, and the sides of the grid if it takes tokens."""
-    if not isinstance(meta, GridModule) or isinstance(meta, MapBlock | Stem):
+    if not isinstance(meta, GridModule) or isinstance(meta, MapBlock):
         return ((batch, *input_size),)
     dim, *sides = input_size
     count = torch.Size(sides).numel()
