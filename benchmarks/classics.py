@@ -6,14 +6,14 @@ MobileNetV1 has 27 times fewer multiply-accumulates than VGG-16: that is a ratio
 it stands beside the ratio of measured times. Every network takes images of the size it was
 published for, all run in turn in every round, and times are divided by each other round by round.
 Weights are random; norms take the statistics of the images first, since values that vanish are slow
-to compute. The table (Markdown) and the figure lie beside the JSON file.
+to compute. The figure lies beside the JSON file.
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,8 +24,8 @@ from common import (
     format_table,
     set_up,
     time_arms,
+    write_figure,
     write_json,
-    write_whole,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -162,26 +162,20 @@ def _spread(spread: Mapping[str, float], digits: int) -> str:
     return f"{spread['median']:.{digits}f} ({spread['iqr']:.{digits}f})"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as a table."""
-    header, *others = rows
-    lines = [header, ["---"] * len(header), *others]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
+def draw(result: Mapping[str, Any], path: Path) -> None:
     """Ratios of times over ratios of counts; on the line both are the same.
 
-    Returns:
-        The picture; None if there is nothing to draw it with, or nothing to draw.
+    Args:
+        result: What is written.
+        path: Where it is written; the pictures go beside it.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure: matplotlib is not installed")
-        return None
+        return
     if not (points := ratios(result)):
-        return None
+        return
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
     for batch_size in dict.fromkeys(point["batch_size"] for point in points):
@@ -208,9 +202,7 @@ def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
     axis.set_title(f"{result['device']}, {result['dtype']}", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=ending, dpi=110)
-    return picture.getvalue()
+    write_figure(figure, path)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -246,10 +238,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(format_table(rows))
     if args.out:
         write_json(args.out, result)
-        write_whole(args.out.with_suffix(".md"), markdown(rows).encode())
-        for ending in ("png", "svg"):
-            if picture := draw(result, ending):
-                write_whole(args.out.with_suffix(f".{ending}"), picture)
+        draw(result, args.out)
         print(f"\nwritten to {args.out}")
     return 0
 
