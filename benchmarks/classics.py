@@ -176,7 +176,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         return
     if not (points := ratios(result)):
         return
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
     for batch_size in dict.fromkeys(point["batch_size"] for point in points):
         own = [point for point in points if point["batch_size"] == batch_size]
@@ -185,10 +185,11 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         halves = [time["iqr"] / 2 for time in times]
         axis.errorbar(macs, medians, halves, fmt="o", capsize=3, label=f"batch {batch_size}")
     for name in dict.fromkeys(point["model"] for point in points):
-        highest = max((p for p in points if p["model"] == name), key=lambda p: p["time"]["median"])
+        lowest = min((p for p in points if p["model"] == name), key=lambda p: p["time"]["median"])
         axis.annotate(
-            name, (highest["macs"], highest["time"]["median"]), fontsize=8,
-            xytext=(0, 9), textcoords="offset points", ha="center",
+            name, (lowest["macs"], lowest["time"]["median"]), fontsize=8,
+            xytext=(3, -4), textcoords="offset points", rotation=-60, rotation_mode="anchor",
+            va="top",
         )  # fmt: skip
     ends = [min(p["macs"] for p in points) / 1.3, max(p["macs"] for p in points) * 1.3]
     axis.plot(ends, ends, color="black", linewidth=1, label="as many times faster as fewer MACs")
@@ -198,7 +199,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_ticks(ticks, [f"{tick}x" for tick in ticks])
         scale.set_ticks([], minor=True)
-    axis.set(xlim=(ends[0] / 1.2, ends[1] * 1.2), ylim=(1, ends[1] * 1.2))
+    axis.set(xlim=(ends[0] / 1.2, ends[1] * 1.4), ylim=(0.5, ends[1] * 1.2))
     axis.set_title(f"{result['device']}, {result['dtype']}", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
