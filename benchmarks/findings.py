@@ -93,16 +93,12 @@ def accuracy(content: Content) -> Found:
     rows = content["summary"]
     compared = [row for row in rows if row["difference"]]
 
-    def differences(
-        setting: str, task: str, *arms: str, verdict: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Of these arms, or all, from their baselines; ``points`` in each is the difference."""
+    def differences(setting: str, task: str, *arms: str) -> list[dict[str, Any]]:
+        """Of these arms from their baselines; ``points`` in each is the difference."""
         return [
             {**row, "points": 100 * row["difference"]["mean"]}
             for row in compared
-            if (row["setting"], row["task"]) == (setting, task)
-            and (not arms or row["arm"] in arms)
-            and verdict in (None, row["verdict"])
+            if (row["setting"], row["task"]) == (setting, task) and row["arm"] in arms
         ]
 
     def last(setting: str, task: str, arm: str) -> Content:
