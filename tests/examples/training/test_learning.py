@@ -1,4 +1,4 @@
-"""What the README says about training."""
+"""What the guide says about training."""
 
 import json
 import re
@@ -11,10 +11,12 @@ import train_segmentation
 from training.digits import DigitScenes
 from training.settings import Settings
 
-README = (Path(__file__).parents[3] / "README.md").read_text().replace("\\\n", " ")
+GUIDES = Path(__file__).parents[3] / "docs" / "guides"
+PAGES = [path.read_text().replace("\\\n", " ") for path in sorted(GUIDES.glob("*.md"))]
 COMMANDS = [
     shlex.split(line.split("  #")[0])
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     for line in block.splitlines()
     if "examples/" in line
 ]
@@ -64,7 +66,7 @@ def test_scripts_learn_digits(start, tmp_path, script, metric, chance, promised)
 
 @pytest.mark.slow
 def test_a_control_learns_less(start, tmp_path):
-    """The README's sentence about it."""
+    """The guide's sentence about it."""
     words = [*WHOLE["examples/train_classification.py"], "--control"]
     process = start("train_classification.py", *words, out="run", threads=2)
     _, told = process.communicate(timeout=600)
