@@ -32,14 +32,17 @@ python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["attrs_block", "colon_fence"]
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
+
+pygments_dark_style = "github-dark"
 
 html_theme = "furo"
 html_title = f"tokenconv {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
+html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenconv.blocks import BLOCKS
 from tokenconv.profiling import read_comparison
 from tokenconv.profiling.report.markdown import to_markdown
 
@@ -19,6 +20,17 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_insertion_takes_ten_lines():
     insertion = next(block for block in PYTHON if "insert_" in block)
     assert len([line for line in insertion.splitlines() if line.strip()]) <= 10
+
+
+def test_the_table_of_blocks_is_that_of_the_catalogue():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| \[(.+)\]\((.+)\) \|$", README, re.MULTILINE
+    )
+    assert len(rows) >= 5
+    for name, *told in rows:
+        info = BLOCKS[name]
+        paper = info.papers[0]
+        assert told == [info.formula, info.params, paper.name, paper.url]
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_v2_b0"])

@@ -5,4 +5,5 @@ from tokenconv.surgery.support import format_matrix
 
 def pages() -> dict[str, str]:
     """The page by its name."""
-    return {"families": f"# Families\n\n{format_matrix()}\n"}
+    matrix = format_matrix().replace("\n\n| family", "\n\n{.matrix}\n| family")
+    return {"families": f"---\nhide-toc: true\n---\n\n# Families\n\n{matrix}\n"}

@@ -38,29 +38,20 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def _index() -> str:
-    rows = []
-    for group in GROUPS:
+    contents = "\n".join([*GROUPS, "common"])
+    parts = [
+        f"# Block gallery\n\n{len(BLOCKS)} blocks, made from `tokenconv.BLOCKS`; "
+        f"`tokenconv list` prints them.\n\n{LEGEND}",
+        f"```{{toctree}}\n:hidden:\n\n{contents}\n```",
+    ]
+    for group, (title, about) in GROUPS.items():
+        rows = ["| block | papers | computes |", "| --- | --- | --- |"]
         for name, info in BLOCKS.items():
             if info.group == group:
                 papers = ", ".join(f"[{paper.name}]({paper.url})" for paper in info.papers)
-                site = f"`{next(iter(info.sites))}`" if info.sites else "no site"
-                rows.append(f"| {_link(name)} | {papers} | `{info.formula}` | {site} |")
-    contents = "\n".join([*GROUPS, "common"])
-    return f"""# Block gallery
-
-{len(BLOCKS)} blocks, made from `tokenconv.BLOCKS`; `tokenconv list` prints them.
-
-{LEGEND}
-```{{toctree}}
-:hidden:
-
-{contents}
-```
-
-| block | papers | computes | usual site |
-| --- | --- | --- | --- |
-{chr(10).join(rows)}
-"""
+                rows.append(f"| {_link(name)} | {papers} | `{info.formula}` |")
+        parts.append(f"## [{title}]({group}.md)\n\n{about}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def _group(title: str, about: str, members: dict[str, BlockInfo]) -> str:
