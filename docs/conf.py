@@ -18,6 +18,7 @@ extensions = [
     "sphinx_copybutton",
     "generate",
 ]
+smartquotes = False  # file names have two hyphens in a row
 exclude_patterns = ["_build"]
 nitpick_ignore_regex = [
     # Their inventories would have to be fetched.

@@ -24,7 +24,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", _write)
     app.connect("autodoc-process-docstring", _tidy, priority=400)  # napoleon has 500
     app.connect("autodoc-process-bases", _show_public_bases)
-    app.connect("include-read", _localise)
+    app.connect("source-read", _localise_page)
+    app.connect("include-read", _localise_included)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -62,5 +63,9 @@ def _show_public_bases(app: Sphinx, name: str, value: Any, options: Any, bases: 
         bases[at : at + 1] = private.__bases__
 
 
-def _localise(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+def _localise_page(app: Sphinx, page: str, content: list[str]) -> None:
+    content[0] = localise(content[0], Path(app.env.doc2path(page)))
+
+
+def _localise_included(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
     content[0] = localise(content[0], (Path(app.srcdir) / path).resolve())

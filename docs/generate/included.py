@@ -1,4 +1,4 @@
-"""Links of files that pages include, such as ``DESIGN.md``: as they are seen from the site."""
+"""Links to files of the repository, in pages and in what they include, as the site has them."""
 
 import re
 from functools import cache
@@ -11,8 +11,9 @@ _INCLUDE = re.compile(r"^```{include} (\S+)$", re.MULTILINE)
 
 @cache
 def pages_of_files() -> dict[Path, str]:
-    """From a file to the page that includes it, as a link from the root of the sources."""
-    found = {DOCS.parent / "README.md": "/index.md"}
+    """From a file to the page that includes it or tells the same, from the root of the sources."""
+    root = DOCS.parent
+    found = {root / "README.md": "/index.md", root / "BLOCKS.md": "/generated/blocks/index.md"}
     for page in DOCS.rglob("*.md"):
         for path in _INCLUDE.findall(page.read_text()):
             found.setdefault((page.parent / path).resolve(), f"/{page.relative_to(DOCS)}")
@@ -20,13 +21,14 @@ def pages_of_files() -> dict[Path, str]:
 
 
 def localise(text: str, file: Path) -> str:
-    """The text of a file with links to other files of the repository made to work on the site."""
+    """The text of a file with links to files of the repository made to work on the site."""
 
     def link(match: re.Match[str]) -> str:
         target = (file.parent / match[1]).resolve()
         if not target.is_file():
             return match[1]  # an address, or no link at all
-        away = target.relative_to(DOCS.parent)
-        return pages_of_files().get(target, f"/../{away}")
+        if target.is_relative_to(DOCS):
+            return f"/{target.relative_to(DOCS)}"
+        return pages_of_files().get(target, f"/../{target.relative_to(DOCS.parent)}")
 
     return _LINK.sub(link, text)
