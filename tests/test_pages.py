@@ -22,7 +22,7 @@ from tokenconv.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!_]*.md"))]
 PAGES += sorted((ROOT / "docs" / "guides").glob("*.md"))
-SLOW = {"tutorial", "ship"}
+SLOW = {"tutorial", "measure", "ship"}
 """Pages whose Python takes more than a few seconds."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROMISE = re.compile(r"^ *print\(.*\)\s+# ([^:\n]+)", re.MULTILINE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import train_classification
+import train_domains
 import train_segmentation
 from training.digits import DigitScenes
 from training.settings import Settings
@@ -30,6 +31,9 @@ WHOLE = {words[1]: words[2:] for words in COMMANDS if "--scenes" in words}
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_understood(words):
     script = next((word for word in words if word in SCRIPTS), None)
+    if words[1] == "examples/train_domains.py":
+        train_domains.parse(words[2:])
+        return
     if script is None:
         assert words[:2] == ["python", "examples/predict.py"]
         return
