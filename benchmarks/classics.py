@@ -22,6 +22,7 @@ from common import (
     DTYPES,
     add_options,
     format_table,
+    let_norms_know,
     set_up,
     time_arms,
     write_figure,
@@ -54,12 +55,9 @@ def make(name: str, args: argparse.Namespace) -> nn.Module:
         ValueError: If what it computes is not finite.
     """
     model = build(name)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 1.0  # the next batch decides
     images = torch.randn(4, 3, _side(name, args), _side(name, args))
+    let_norms_know(model, images)
     with torch.no_grad():
-        model.train()(images)
         if not model.eval()(images).isfinite().all():
             raise ValueError(f"the output of {name} is not finite: not timed")
     return model.to(args.device, DTYPES[args.dtype])

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if find_spec("matplotlib") is None:
@@ -108,6 +108,18 @@ def compiled(work: Any) -> Any:
     """``torch.compile`` for the shapes that come, as many as there are, or an error."""
     torch._dynamo.config.recompile_limit = 1000  # beyond it everything runs uncompiled
     return torch.compile(work, dynamic=False, fullgraph=True)
+
+
+@torch.no_grad()
+def let_norms_know(model: nn.Module, images: Tensor) -> None:
+    """Give BatchNorms the statistics of images: values that vanish are slow to compute."""
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the next batch decides
+    model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def check_alike(
