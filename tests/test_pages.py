@@ -83,7 +83,7 @@ def test_pages_have_every_command():
 
 def _command(line):
     takes_long = any(option in line for option in ("--sweep", "--beside", "--budget", " export "))
-    return pytest.param(line, marks=pytest.mark.slow if takes_long else ())
+    return pytest.param(line, id=line, marks=pytest.mark.slow if takes_long else ())
 
 
 @pytest.mark.parametrize("command", [_command(line) for line in COMMANDS])
