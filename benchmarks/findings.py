@@ -18,7 +18,7 @@ from accuracy import markdown as accuracy_tables
 from classics import draw as draw_classics
 from classics import ratios as classic_ratios
 from classics import rows_of as classic_rows
-from kernels import draw as draw_kernels
+from kernel_report import draw as draw_kernels
 
 from tokenconv.profiling import read_comparison
 from tokenconv.profiling.report import draw_comparison
