@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = parse(words)
     try:
-        from tokenconv.cli import commands  # imports torch and timm: not for --help
+        from tokenconv.cli import commands  # imports timm: not for --help
 
         return commands.COMMANDS[args.command](args) or 0
     except (TokenConvError, ValueError, RuntimeError, OSError) as error:
