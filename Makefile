@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark clean
+.PHONY: demo test test-all lint benchmark dist test-wheel test-lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -29,6 +29,18 @@ lint: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
 
+dist: $(VENV)/.release
+	$(BIN)/python -m uv pip compile --quiet --universal --all-extras --output-file /dev/null pyproject.toml
+	rm -rf dist
+	$(BIN)/python -m uv build
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+
+test-wheel: dist
+	PYTEST_ADDOPTS='$(WORKERS)' $(BIN)/python benchmarks/versions.py dist
+
+test-lowest: dist
+	PYTEST_ADDOPTS='$(WORKERS)' $(BIN)/python benchmarks/versions.py dist --lowest
+
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'
 	@touch $@
@@ -36,6 +48,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.release: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
