@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark dist test-wheel test-lowest clean
+.PHONY: demo test test-all lint benchmark results dist test-wheel test-lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -28,6 +28,10 @@ lint: $(VENV)/.dev
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
+
+# The page, the README's table and the figures of what is kept in benchmarks/results/; measures nothing.
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 dist: $(VENV)/.release
 	$(BIN)/python -m uv pip compile --quiet --universal --all-extras --output-file /dev/null pyproject.toml

@@ -1,6 +1,7 @@
 """What every benchmark shares: options, timing, facts about the machine and the result file."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -225,6 +226,17 @@ def write_whole(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG and SVG beside a file, always in the same bytes."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "tokenconv"}):
+        for kind, origin in (("png", "Software"), ("svg", "Date")):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=110, metadata={origin: None})
+            write_whole(path.with_suffix(f".{kind}"), picture.getvalue())
 
 
 def _positive(text: str) -> int:

@@ -28,7 +28,7 @@ import torch
 from common import ROOT, facts, write_json, write_whole
 from packaging.version import Version
 
-RUNS = ROOT / "benchmarks/results/0.1.0/versions--2-core-avx512--cpu.json"
+RUNS = ROOT / "benchmarks/versions.json"
 PAGE = ROOT / "docs/versions.md"
 EXTRAS = "deploy,test"
 CORE = [

@@ -17,7 +17,7 @@ PUBLIC = [
     "UnknownNameError", "accelerate_", "analysis", "compare", "cost", "create_block",
     "decelerate_", "decompose_", "depthwise_conv", "export", "fold_", "freeze_grid_", "insert_",
     "keep_tokens", "list_blocks", "load_", "load_official", "map_to_tokens", "param_groups",
-    "plan", "remove_", "save", "tokens_to_map", "trainable_",
+    "plan", "quantize_", "remove_", "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 

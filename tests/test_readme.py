@@ -1,6 +1,5 @@
 """What the README says is run, not trusted."""
 
-import json
 import re
 import shlex
 import shutil
@@ -13,8 +12,6 @@ import torch
 
 import tokenconv as tc
 from tokenconv.cli import main
-from tokenconv.profiling import read_comparison
-from tokenconv.profiling.report.markdown import to_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -95,24 +92,10 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         assert made == set()
 
 
-@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_v2_b0"])
-def test_tables_are_those_that_the_command_made(model):
-    kept = f"benchmarks/results/0.1.0/compare-{model}--2-core-avx512--cpu.json"
-    comparison = read_comparison(ROOT / kept)
-    command, _, _ = comparison.about["command"].partition(" --out ")
-    assert command in COMMANDS
-    assert f"({kept})" in README
-    shown = README[README.index(command) :]
-    report = to_markdown(comparison)
-    rows = [line for line in report[report.index("## Figures") :].splitlines() if "|" in line]
-    count = 2 + len(comparison.modes) * len(comparison.arms)
-    assert "\n".join(rows[:count]) in shown
-
-
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
-    missing = [link for link in links if not (ROOT / link).exists()]
+    missing = [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
     assert not missing
 
 
@@ -134,12 +117,3 @@ def test_demo_in_a_fresh_clone(tmp_path):
             assert str(Path("tokenconv-report") / model / "report.md") in run.stdout
         assert "tensorboard --logdir" in run.stdout
     assert "setting up" not in run.stdout
-
-
-def test_the_accuracy_table_is_that_of_the_runs():
-    results = ROOT / "benchmarks" / "results" / "0.1.0"
-    table = (results / "accuracy--2-core-avx512--cpu.md").read_text().strip()
-    assert table in README
-    runs = json.loads((results / "accuracy--2-core-avx512--cpu.json").read_text())
-    assert len(runs["runs"]) == 480
-    assert len([row for row in runs["summary"] if row["difference"]]) == 78

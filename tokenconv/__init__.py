@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         load_official,
     )
     from tokenconv.costs import Cost, cost
-    from tokenconv.deploy import export
+    from tokenconv.deploy import export, quantize_
     from tokenconv.profiling import Comparison, compare
     from tokenconv.surgery import (
         Plan,
@@ -94,6 +94,7 @@ __all__ = [
     "map_to_tokens",
     "param_groups",
     "plan",
+    "quantize_",
     "remove_",
     "save",
     "tokens_to_map",
@@ -104,7 +105,7 @@ _LATER = {
     "analysis": ("decompose_",),
     "blocks": ("BLOCKS", "BlockInfo", "MixFFN", "create_block", "list_blocks", "load_official"),
     "costs": ("Cost", "cost"),
-    "deploy": ("export",),
+    "deploy": ("export", "quantize_"),
     "profiling": ("Comparison", "compare"),
     "surgery": (
         "Plan", "accelerate_", "decelerate_", "fold_", "freeze_grid_", "insert_", "keep_tokens",

@@ -222,13 +222,13 @@ def refused_images(line: CommandLine, images: Path) -> str:
 
 def test_a_folder_of_images_that_is_missing(line: CommandLine):
     images = line.folder / "images"
-    assert refused_images(line, images) == f"--images {images} is not a folder"
+    assert refused_images(line, images) == f"{images} is not a folder of photographs"
 
 
 def test_a_file_in_place_of_a_folder_of_images(line: CommandLine):
     images = line.folder / "photograph.png"
     Image.new("RGB", (32, 32)).save(images)
-    assert refused_images(line, images) == f"--images {images} is not a folder"
+    assert refused_images(line, images) == f"{images} is not a folder of photographs"
 
 
 @pytest.mark.parametrize("names", [[], ["notes.txt", "photograph.gif"]])
@@ -238,7 +238,7 @@ def test_a_folder_without_images(line: CommandLine, names: list[str]):
     for name in names:
         (images / name).write_bytes(b"")
     message = refused_images(line, images)
-    assert message.startswith(f"--images {images} holds no photographs (.bmp, .jpeg, .jpg, .png")
+    assert message.startswith(f"{images} holds no photographs (.bmp, .jpeg, .jpg, .png")
 
 
 def png() -> bytes:

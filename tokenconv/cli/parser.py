@@ -55,6 +55,10 @@ def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--opset is of ONNX files, not of {args.to}")
     if args.multiple_of is not None and "hw" not in args.dynamic:
         parser.error("--multiple-of is about open image sizes: add hw to --dynamic")
+    if args.calibration is not None and args.to != "onnx":
+        parser.error(f"--calibration is of ONNX files, not of {args.to}")
+    if args.keep_float and args.calibration is None:
+        parser.error("--keep-float is about files of eight bits: add --calibration DIR")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -246,6 +250,22 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     exporting.add_argument("--opset", type=_positive, help="of ONNX; None takes torch's choice")
     exporting.add_argument(
         "--fold", action="store_true", help="fold what was inserted first, and say what could be"
+    )
+    exporting.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="write an ONNX file of eight bits, calibrated with the photographs in DIR",
+    )
+    exporting.add_argument(
+        "--calibration-images", type=_positive, default=64, help="how many of DIR at most"
+    )
+    exporting.add_argument(
+        "--keep-float",
+        nargs="+",
+        default=(),
+        choices=("depthwise", "ends"),
+        help="with --calibration: leave these layers in float",
     )
 
 

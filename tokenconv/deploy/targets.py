@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenconv.choice import Choice
 from tokenconv.deploy.programs import brief
+from tokenconv.deploy.quantization import Calibration, QuantizationReport, quantize_onnx
 from tokenconv.errors import ExportError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -42,8 +43,8 @@ class Writer(Protocol):
         """Refuse what can be known to fail, before anything is traced."""
         ...
 
-    def write(self, program: ExportedProgram, path: Path) -> None:
-        """Write a file."""
+    def write(self, program: ExportedProgram, path: Path) -> QuantizationReport | None:
+        """Write a file, and say what was quantised."""
         ...
 
     def load(self, path: Path) -> Run:
@@ -51,8 +52,13 @@ class Writer(Protocol):
         ...
 
 
-def writer(target: Target, opset: int | None) -> Writer:
+def writer(target: Target, opset: int | None, calibration: Calibration | None) -> Writer:
     """The writer of a target.
+
+    Args:
+        target: What is to be written.
+        opset: Of an ONNX file; None takes torch's choice.
+        calibration: Writes an ONNX file of eight bits.
 
     Raises:
         ExportError: If what it needs is missing, or there is no such opset.
@@ -60,7 +66,7 @@ def writer(target: Target, opset: int | None) -> Writer:
     if opset is not None and target != Target.ONNX:
         raise ExportError(f"an opset is of ONNX files, not of {target}: leave it out")
     found: Writer = (
-        OnnxWriter(opset)
+        OnnxWriter(opset, calibration)
         if target == Target.ONNX
         else Pt2Writer()
         if target == Target.PT2
@@ -75,8 +81,9 @@ class OnnxWriter:
 
     suffix = ".onnx"
 
-    def __init__(self, opset: int | None):
+    def __init__(self, opset: int | None, calibration: Calibration | None):
         self.opset = opset
+        self.calibration = calibration
 
     def check(self) -> None:
         """See ``Writer``."""
@@ -95,7 +102,7 @@ class OnnxWriter:
                 f"{_LEAST_OPSET} to {most}"
             )
 
-    def write(self, program: ExportedProgram, path: Path) -> None:
+    def write(self, program: ExportedProgram, path: Path) -> QuantizationReport | None:
         """See ``Writer``."""
         import onnx
 
@@ -116,6 +123,10 @@ class OnnxWriter:
         model = onnx.load(path)
         _name_axes(model.graph)
         onnx.save(model, path)
+        report = None
+        if self.calibration is not None:
+            report = quantize_onnx(path, self.calibration)
+            model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
         foreign = {n.domain for n in onnx_nodes(model.graph)} | {f.domain for f in model.functions}
         if foreign := foreign - {"", "ai.onnx"}:
@@ -125,6 +136,7 @@ class OnnxWriter:
             raise ExportError(
                 f"torch cannot write this model in opset {self.opset}, only in {version}"
             )
+        return report
 
     def load(self, path: Path) -> Run:
         """See ``Writer``."""

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import quantize
 import train_classification
 import train_segmentation
 from training.digits import DigitScenes
@@ -37,13 +38,14 @@ def test_commands_are_understood(words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "metric", "chance", "promised"),
+    ("script", "metric", "chance", "promised", "eight_bits"),
     [
-        ("examples/train_classification.py", "top1", 0.1, 0.85),
-        ("examples/train_segmentation.py", "miou", 0.09, 0.45),  # all background: 1 of 11 classes
+        ("examples/train_classification.py", "top1", 0.1, 0.85, 0.01),
+        # All background: 1 of 11 classes.
+        ("examples/train_segmentation.py", "miou", 0.09, 0.45, 0.02),
     ],
 )
-def test_scripts_learn_digits(start, tmp_path, script, metric, chance, promised):
+def test_scripts_learn_digits(start, tmp_path, script, metric, chance, promised, eight_bits):
     words = WHOLE[script]
     process = start(script.partition("/")[2], *words, out="run", threads=2)
     _, told = process.communicate(timeout=600)
@@ -60,6 +62,12 @@ def test_scripts_learn_digits(start, tmp_path, script, metric, chance, promised)
     printed, told = predicted.communicate(timeout=120)
     assert predicted.returncode == 0, told
     assert "scene.png" in printed
+
+    found = quantize.run(quantize.parse([str(tmp_path / "run")]))
+    assert found["torch float32"] == pytest.approx(max(values), abs=1e-3)
+    assert len(found) == 5
+    for way, value in found.items():
+        assert value == pytest.approx(found["torch float32"], abs=eight_bits), way
 
 
 @pytest.mark.slow
