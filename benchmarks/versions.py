@@ -77,7 +77,8 @@ def install(wheel: Path, folder: Path, python: str, lowest: bool, instead: Seque
     overrides.write_text("\n".join(instead))
     _uv("venv", "--quiet", "--python", python, folder)
     _uv(
-        "pip", "install", "--quiet", "--python", folder, "--overrides", overrides,
+        "pip", "install", "--quiet", "--compile-bytecode", "--python", folder,
+        "--overrides", overrides,
         "--resolution", "lowest-direct" if lowest else "highest",
         f"tokenconv[{EXTRAS}] @ {wheel.resolve().as_uri()}",
     )  # fmt: skip
