@@ -30,7 +30,7 @@ from packaging.version import Version
 
 RUNS = ROOT / "benchmarks/versions.json"
 PAGE = ROOT / "docs/versions.md"
-EXTRAS = "deploy,test"
+EXTRAS = ("deploy", "test")
 CORE = [
     "analysis/test_survey.py", "blocks/test_official.py", "blocks/test_papers.py",
     "cli/test_commands.py", "cli/test_sweeps.py", "costs/test_pricing.py",
@@ -71,16 +71,17 @@ class Run:
         return self.lowest, *self.instead, *self.tests, *columns
 
 
-def install(wheel: Path, folder: Path, python: str, lowest: bool, instead: Sequence[str]) -> None:
-    """Make a virtual environment with the wheel and what it needs."""
+def install(
+    wheel: Path, project: Path, folder: Path, python: str, lowest: bool, instead: Sequence[str]
+) -> None:
+    """Make a virtual environment with a wheel, and what the pyproject.toml of its project names."""
     overrides = folder.with_suffix(".txt")
     overrides.write_text("\n".join(instead))
     _uv("venv", "--quiet", "--python", python, folder)
     _uv(
         "pip", "install", "--quiet", "--compile-bytecode", "--python", folder,
-        "--overrides", overrides,
-        "--resolution", "lowest-direct" if lowest else "highest",
-        f"tokenconv[{EXTRAS}] @ {wheel.resolve().as_uri()}",
+        "--overrides", overrides, "--resolution", "lowest-direct" if lowest else "highest",
+        wheel, "--requirements", project / "pyproject.toml", *(f"--extra={one}" for one in EXTRAS),
     )  # fmt: skip
 
 
@@ -141,9 +142,10 @@ def attempt(args: argparse.Namespace) -> Run:
     del about["versions"]  # of this process
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder, "environment")
-        install(wheels[0], environment, args.python, args.lowest, args.instead)
+        sources = unpack(sdists[0], Path(folder, "sdist"))
+        install(wheels[0], sources, environment, args.python, args.lowest, args.instead)
         words = args.tests or ["-m", "not slow", *(f"tests/{name}" for name in CORE)]
-        found = run_tests(environment, unpack(sdists[0], Path(folder, "sdist")), words)
+        found = run_tests(environment, sources, words)
         versions = installed(environment)
     return Run(
         lowest=args.lowest, instead=args.instead, tests=args.tests, versions=versions, about=about,

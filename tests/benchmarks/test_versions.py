@@ -106,11 +106,12 @@ def test_what_is_installed_is_what_was_asked_for(versions, monkeypatch, tmp_path
     calls = []
     monkeypatch.setattr(versions, "_uv", lambda *words: calls.append([*map(str, words)]))
     wheel, folder = tmp_path / "tokenconv-1.whl", tmp_path / "environment"
-    versions.install(wheel, folder, "3.12", lowest=True, instead=["timm==1.0.25"])
+    versions.install(wheel, ROOT, folder, "3.12", lowest=True, instead=["timm==1.0.25"])
     (*_, python, _), words = calls
     assert python == "3.12"
     assert "lowest-direct" in words
-    assert words[-1].endswith(f" @ {wheel.as_uri()}")
+    assert str(wheel) in words
+    assert words[words.index("--requirements") + 1] == str(ROOT / "pyproject.toml")
     assert Path(words[words.index("--overrides") + 1]).read_text() == "timm==1.0.25"
 
 
