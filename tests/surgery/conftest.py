@@ -34,7 +34,8 @@ NEWER = {
     "gemma4_vit_167m": "1.0.27",
     "deepseek_vit_412m": "1.0.30",
     "qwen3_vit_88m": "1.0.30",
-    "swinv2_tiny_window8_256": "1.0.31",  # with windows that do not divide the grid
+    "swinv2_cr_tiny_224": "1.0.31",  # these two with windows that do not divide the grid
+    "swinv2_tiny_window8_256": "1.0.31",
 }
 """Architectures that the lowest timm cannot build, and the first timm that can."""
 
