@@ -30,7 +30,7 @@ from packaging.version import Version
 
 RUNS = ROOT / "benchmarks/versions.json"
 PAGE = ROOT / "docs/versions.md"
-EXTRAS = ("deploy", "test")
+EXTRA = "deploy"
 CORE = [
     "analysis/test_survey.py", "blocks/test_official.py", "blocks/test_papers.py",
     "cli/test_commands.py", "cli/test_sweeps.py", "costs/test_pricing.py",
@@ -49,7 +49,7 @@ class Run:
     """The tests, once, and what was installed."""
 
     lowest: bool
-    """Whether everything that pyproject.toml names was as old as it allows, or as new."""
+    """Whether everything that users need was as old as pyproject.toml allows, or as new."""
     instead: list[str]
     """Requirements in place of those of pyproject.toml."""
     tests: list[str]
@@ -74,15 +74,18 @@ class Run:
 def install(
     wheel: Path, project: Path, folder: Path, python: str, lowest: bool, instead: Sequence[str]
 ) -> None:
-    """Make a virtual environment with a wheel, and what the pyproject.toml of its project names."""
+    """Make a virtual environment with a wheel and what the pyproject.toml of its project names.
+
+    The tools of the tests are the newest that go with it.
+    """
     overrides = folder.with_suffix(".txt")
     overrides.write_text("\n".join(instead))
+    into = ["pip", "install", "--quiet", "--compile-bytecode", "--python", folder]
+    what = ["--overrides", overrides, "--requirements", project / "pyproject.toml"]
+    resolution = "lowest-direct" if lowest else "highest"
     _uv("venv", "--quiet", "--python", python, folder)
-    _uv(
-        "pip", "install", "--quiet", "--compile-bytecode", "--python", folder,
-        "--overrides", overrides, "--resolution", "lowest-direct" if lowest else "highest",
-        wheel, "--requirements", project / "pyproject.toml", *(f"--extra={one}" for one in EXTRAS),
-    )  # fmt: skip
+    _uv(*into, *what, f"--extra={EXTRA}", f"--resolution={resolution}", wheel)
+    _uv(*into, *what, "--extra=test")
 
 
 def installed(environment: Path) -> dict[str, str]:
@@ -173,7 +176,7 @@ def page(runs: Iterable[Run]) -> str:
         "# Supported versions",
         "",
         "The tests of the library, run against its wheel in a new virtual environment, on Linux",
-        "and a CPU. *Lowest*: everything that `pyproject.toml` names is as old as it allows, by",
+        "and a CPU. *Lowest*: all that users need is as old as `pyproject.toml` allows, by",
         "`make test-lowest`. *Newest*: everything is as new as there is, by `make test-wheel`.",
         "*Core* tests are those that another version is likely to break, of `tests/`: "
         + ", ".join(f"`{name}`" for name in CORE)

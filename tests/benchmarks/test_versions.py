@@ -107,12 +107,13 @@ def test_what_is_installed_is_what_was_asked_for(versions, monkeypatch, tmp_path
     monkeypatch.setattr(versions, "_uv", lambda *words: calls.append([*map(str, words)]))
     wheel, folder = tmp_path / "tokenconv-1.whl", tmp_path / "environment"
     versions.install(wheel, ROOT, folder, "3.12", lowest=True, instead=["timm==1.0.25"])
-    (*_, python, _), words = calls
+    (*_, python, _), needed, tools = calls
     assert python == "3.12"
-    assert "lowest-direct" in words
-    assert str(wheel) in words
-    assert words[words.index("--requirements") + 1] == str(ROOT / "pyproject.toml")
-    assert Path(words[words.index("--overrides") + 1]).read_text() == "timm==1.0.25"
+    assert {"--resolution=lowest-direct", "--extra=deploy", str(wheel)} <= set(needed)
+    assert "--extra=test" in tools
+    for words in (needed, tools):
+        assert words[words.index("--requirements") + 1] == str(ROOT / "pyproject.toml")
+        assert Path(words[words.index("--overrides") + 1]).read_text() == "timm==1.0.25"
 
 
 @pytest.mark.parametrize("there", [[], ["a.whl"], ["a.whl", "b.whl", "a.tar.gz"]])
