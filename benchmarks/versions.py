@@ -3,7 +3,7 @@
     make test-wheel                                      # the newest of everything
     make test-lowest                                     # the lowest that pyproject.toml allows
     python benchmarks/versions.py dist --python 3.13 --keep
-    python benchmarks/versions.py dist --with timm==1.0.25 -- tests/surgery
+    python benchmarks/versions.py dist --with timm==1.0.25 --tests tests/surgery
 
 uv installs the wheel of that folder in a new virtual environment, and the tests of the sdist beside
 it run against it, with no source of the library in reach. ``--keep`` adds the run to those that are
@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tests, and keep what came of them if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dist", type=Path, help="the folder of one wheel and its sdist")
-    parser.add_argument("tests", nargs="*", help="arguments of pytest, behind --")
+    parser.add_argument(
+        "--tests", type=shlex.split, default=[], help="arguments of pytest, as one; default: core"
+    )
     parser.add_argument("--python", default=sys.executable, help="a version or an interpreter")
     parser.add_argument("--lowest", action="store_true", help="as old as pyproject.toml allows")
     parser.add_argument(

@@ -129,8 +129,10 @@ def test_a_run_is_a_row_and_its_failures_are_the_exit_status(
 ):
     for failed in ([], ["tests.test_grid::test_a"]):
         run = some_run(versions, failed=failed)
-        monkeypatch.setattr(versions, "attempt", lambda args, run=run: run)
-        assert versions.main(["dist", "--keep"]) == len(failed)
+        asked = []
+        monkeypatch.setattr(versions, "attempt", lambda args: asked.append(args) or run)  # noqa: B023
+        assert versions.main(["dist", "--tests", "-m 'not slow' tests", "--keep"]) == len(failed)
+        assert asked[0].tests == ["-m", "not slow", "tests"]
         assert versions.kept() == [run]
         assert "| newest | 3.11.7 | 1.0 |" in capsys.readouterr().out
     assert json.loads(versions.RUNS.read_text())["runs"]
