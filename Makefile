@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark results dist test-wheel test-lowest clean
+.PHONY: demo test test-all lint benchmark results docs dist test-wheel test-lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -33,6 +33,11 @@ benchmark: $(VENV)/.dev
 results: $(VENV)/.dev
 	$(BIN)/python benchmarks/results.py
 
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going -n docs docs/_build/html
+	@echo
+	@echo "Open docs/_build/html/index.html"
+
 dist: $(VENV)/.release
 	$(BIN)/python -m uv pip compile --quiet --universal --all-extras --output-file /dev/null pyproject.toml
 	rm -rf dist
@@ -49,9 +54,13 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $(VENV)/.demo $@
+	@touch $(VENV)/.demo $(VENV)/.docs $@
 
 $(VENV)/.release: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[release]'
@@ -65,4 +74,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 clean:
-	rm -rf $(VENV) tokenconv-report
+	rm -rf $(VENV) tokenconv-report docs/_build docs/generated

@@ -21,7 +21,7 @@ import torch
 from common import (
     DTYPES,
     add_options,
-    format_table,
+    let_norms_know,
     set_up,
     time_arms,
     write_figure,
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokenconv as tc
+from tokenconv.reports.table import aligned
 
 QUESTION = (__doc__ or "").splitlines()[0]
 REFERENCE = "vgg16"
@@ -54,12 +55,9 @@ def make(name: str, args: argparse.Namespace) -> nn.Module:
         ValueError: If what it computes is not finite.
     """
     model = build(name)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 1.0  # the next batch decides
     images = torch.randn(4, 3, _side(name, args), _side(name, args))
+    let_norms_know(model, images)
     with torch.no_grad():
-        model.train()(images)
         if not model.eval()(images).isfinite().all():
             raise ValueError(f"the output of {name} is not finite: not timed")
     return model.to(args.device, DTYPES[args.dtype])
@@ -236,7 +234,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = rows_of(result)
-    print(format_table(rows))
+    print(aligned(rows, keys=2))
     if args.out:
         write_json(args.out, result)
         draw(result, args.out)

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if find_spec("matplotlib") is None:
@@ -110,6 +110,18 @@ def compiled(work: Any) -> Any:
     return torch.compile(work, dynamic=False, fullgraph=True)
 
 
+@torch.no_grad()
+def let_norms_know(model: nn.Module, images: Tensor) -> None:
+    """Give BatchNorms the statistics of images: values that vanish are slow to compute."""
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the next batch decides
+    model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def check_alike(
     results: Mapping[str, Sequence[Tensor | None]], allowed: float, what: str, least: float = 0.0
 ) -> float:
@@ -198,18 +210,6 @@ def time_arms(
             if one in samples and other in samples
         },
     }
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns; the first two lean left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -294,5 +294,5 @@ def test_torchao_that_is_refused(monkeypatch, small):
     ):
         tc.quantize_(nn.Flatten())
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(tc.ExportError, match=r"needs torchao.*pip install 'tokenconv\[deploy\]'"):
+    with pytest.raises(tc.ExportError, match=r"need torchao.*pip install 'tokenconv\[deploy\]'"):
         tc.quantize_(small)

@@ -108,10 +108,10 @@ def export(
 
     Args:
         model: Any module that takes images ``(B, C, H, W)``, such as a timm model or a hybrid.
-        path: The file, ending in ``.onnx``, or ``.pt2`` for the other targets. An older one is
-            replaced.
+        path: The file, ending in ``.onnx``, ``.pt2`` for ``pt2`` and ``aoti``, or ``.pte`` for
+            ``executorch``. An older one is replaced.
         input_size: ``(C, H, W)`` of an image.
-        to: ``onnx``, ``pt2`` or ``aoti``; see ``Target``.
+        to: ``onnx``, ``pt2``, ``aoti`` or ``executorch``; see ``Target``.
         dynamic: What stays open: ``batch``, ``hw`` or both. timm's ViTs take images of any size if
             they were made with ``dynamic_img_size=True``.
         multiple_of: With ``hw``, what H and W are multiples of; None takes it from the patches and
@@ -139,8 +139,12 @@ def export(
     target, path = Target.of(to), Path(path)
     int8 = _calibration(calibration, keep_float, target)
     how = writer(target, opset, int8)
-    if path.suffix != how.suffix:
-        raise ExportError(f"{target} is written to a file ending in {how.suffix}, got {path}")
+    if target == Target.EXECUTORCH and dynamic:
+        raise ExportError(
+            f"{target} plans its memory for one shape of images: pass dynamic=(), and batch_size"
+        )
+    if path.suffix != target.suffix:
+        raise ExportError(f"{target} is written to a file ending in {target.suffix}, got {path}")
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"{path} cannot be a file: its folder is missing, or it is a folder")
     sizes = sizes_for(model, input_size, dynamic, multiple_of, batch_size)

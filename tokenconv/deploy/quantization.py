@@ -6,11 +6,9 @@ would leave most with a few steps of the 256. Every weight has a scale per outpu
 
 import ast
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.choice import Choice
+from tokenconv.deploy.extras import need
 from tokenconv.errors import ExportError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,7 +95,7 @@ def quantize_(
         UnknownNameError: If there is no such way, or no such layers to keep.
     """
     how, kept = Quantization.of(how), keep_float_of(keep_float)
-    ao = _torchao()
+    ao = need("torchao.quantization", "layers of eight bits", "deploy")
     weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))]
     ends = {weighted[0], weighted[-1]} if weighted and KeepFloat.ENDS in kept else set[str]()
     layers: list[str] = []
@@ -128,20 +127,9 @@ def quantize_(
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model whose quantised weights are plain tensors, as exporters want it; in place."""
     if any(type(p.data) is not Tensor for p in model.parameters()):
-        return import_module("torchao.utils").unwrap_tensor_subclass(model)
+        ao = need("torchao.utils", "layers of eight bits", "deploy")
+        return ao.unwrap_tensor_subclass(model)
     return model
-
-
-def _torchao() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchao about torch
-        try:
-            return import_module("torchao.quantization")
-        except ImportError as error:
-            raise ExportError(
-                "quantising needs torchao, which cannot be imported: "
-                "pip install 'tokenconv[deploy]'"
-            ) from error
 
 
 @dataclass(frozen=True)
