@@ -7,7 +7,7 @@
 
 uv installs the wheel of that folder in a new virtual environment, and the tests of the sdist beside
 it run against it, with no source of the library in reach. ``--keep`` adds the run to those that are
-kept, and writes ``docs/versions.md`` anew.
+kept, and writes ``docs/versions.md`` anew, as it is written without a folder.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from xml.etree import ElementTree
 
 import torch
 from common import ROOT, facts, write_json, write_whole
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 RUNS = ROOT / "benchmarks/versions.json"
@@ -169,6 +171,12 @@ def keep(run: Run) -> None:
     write_whole(PAGE, page(runs).encode())
 
 
+def needed() -> list[str]:
+    """What pyproject.toml says that everybody needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(line).name for line in project["dependencies"]]
+
+
 def page(runs: Iterable[Run]) -> str:
     """What is supported, and the runs that show it."""
     runs = sorted(runs, key=lambda run: (not run.lowest, run.instead, run.what))
@@ -188,7 +196,7 @@ def page(runs: Iterable[Run]) -> str:
     ]
     low = [run.versions for run in plain if run.lowest and not run.failed]
     new = [run.versions for run in plain if not run.lowest and not run.failed]
-    for name in ("python", *NAMED):
+    for name in ("python", *needed()):
         cells = [
             min((one[name] for one in low), key=Version, default="not run"),
             max((one[name] for one in new), key=Version, default="not run"),
@@ -233,7 +241,9 @@ def _table(runs: Sequence[Run]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tests, and keep what came of them if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dist", type=Path, help="the folder of one wheel and its sdist")
+    parser.add_argument(
+        "dist", type=Path, nargs="?", help="folder of a wheel and its sdist; without, only the page"
+    )
     parser.add_argument(
         "--tests", type=shlex.split, default=[], help="arguments of pytest, as one; default: core"
     )
@@ -243,8 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--with", dest="instead", action="append", default=[], metavar="REQUIREMENT",
         help="in place of what pyproject.toml asks for; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help=f"and write {PAGE.relative_to(ROOT)}")
-    run = attempt(args := parser.parse_args(argv))
+    parser.add_argument("--keep", action="store_true", help="and write docs/versions.md")
+    args = parser.parse_args(argv)
+    if args.dist is None:
+        write_whole(PAGE, page(kept()).encode())
+        return 0
+    run = attempt(args)
     if args.keep:
         keep(run)
     print("\n".join(_table([run])))

@@ -38,7 +38,7 @@ def kept_elsewhere(versions, monkeypatch, tmp_path):
 
 
 def some_run(versions, **changes):
-    named = dict.fromkeys(versions.NAMED, "1.0")
+    named = dict.fromkeys([*versions.NAMED, *versions.needed()], "1.0")
     facts = {
         "lowest": False, "instead": [], "tests": [], "seconds": 9, "passed": 7,
         "skipped": 1, "failed": [], "versions": {"python": "3.11.7", **named},
@@ -77,6 +77,8 @@ def test_a_run_replaces_the_one_of_the_same_versions(versions, kept_elsewhere):
     again = dataclasses.replace(first, failed=[], about={**first.about, "commit": "abcdef0123"})
     versions.keep(again)
     assert versions.kept() == [other, newer, again]
+    versions.PAGE.unlink()
+    assert versions.main([]) == 0
     page = versions.PAGE.read_text()
     assert "| 1 (1) |" not in page
     assert "| timm | not run | 1.1 |" in page
