@@ -85,7 +85,7 @@ def install(
     into = ["pip", "install", "--quiet", "--compile-bytecode", "--python", folder]
     what = ["--overrides", overrides, "--requirements", project / "pyproject.toml"]
     resolution = "lowest-direct" if lowest else "highest"
-    _uv("venv", "--quiet", "--python", python, folder)
+    _uv("venv", "--quiet", "--seed", "--python", python, folder)  # with pip, as Python makes them
     _uv(*into, *what, f"--extra={EXTRA}", f"--resolution={resolution}", wheel)
     _uv(*into, *what, "--extra=test")
 
