@@ -78,16 +78,17 @@ def install(
 ) -> None:
     """Make a virtual environment with a wheel and what the pyproject.toml of its project names.
 
-    The tools of the tests are the newest that go with it.
+    The tools of the tests are the newest that go with these.
     """
-    overrides = folder.with_suffix(".txt")
+    overrides, given = folder.with_suffix(".overrides"), folder.with_suffix(".constraints")
     overrides.write_text("\n".join(instead))
     into = ["pip", "install", "--quiet", "--compile-bytecode", "--python", folder]
     what = ["--overrides", overrides, "--requirements", project / "pyproject.toml"]
     resolution = "lowest-direct" if lowest else "highest"
     _uv("venv", "--quiet", "--seed", "--python", python, folder)  # with pip, as Python makes them
     _uv(*into, *what, f"--extra={EXTRA}", f"--resolution={resolution}", wheel)
-    _uv(*into, *what, "--extra=test")
+    given.write_text(_uv("pip", "freeze", "--exclude", "tokenconv", "--python", folder))
+    _uv(*into, *what, "--extra=test", "--constraints", given)
 
 
 def installed(environment: Path) -> dict[str, str]:
