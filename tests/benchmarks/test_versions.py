@@ -37,14 +37,14 @@ def kept_elsewhere(versions, monkeypatch, tmp_path):
     return tmp_path
 
 
-def some_run(versions, **changes):
-    named = dict.fromkeys([*versions.NAMED, *versions.needed()], "1.0")
+def some_run(module, **changes):
+    named = dict.fromkeys([*module.NAMED, *module.needed()], "1.0")
     facts = {
         "lowest": False, "instead": [], "tests": [], "seconds": 9, "passed": 7,
         "skipped": 1, "failed": [], "versions": {"python": "3.11.7", **named},
         "about": {"commit": "0123456789", "date": "2026-11-28T20:00:00+00:00"},
     }  # fmt: skip
-    return versions.Run(**(facts | changes))
+    return module.Run(**(facts | changes))
 
 
 @pytest.mark.parametrize("requirement", NEEDED, ids=lambda one: one.name)
