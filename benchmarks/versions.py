@@ -87,7 +87,8 @@ def install(
     resolution = "lowest-direct" if lowest else "highest"
     _uv("venv", "--quiet", "--seed", "--python", python, folder)  # with pip, as Python makes them
     _uv(*into, *what, f"--extra={EXTRA}", f"--resolution={resolution}", wheel)
-    given.write_text(_uv("pip", "freeze", "--exclude", "tokenconv", "--python", folder))
+    found = installed(folder)
+    given.write_text("\n".join(f"{name}=={found[name]}" for name in needed()))
     _uv(*into, *what, "--extra=test", "--constraints", given)
 
 

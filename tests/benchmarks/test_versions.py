@@ -106,19 +106,15 @@ def test_no_source_of_the_library_is_in_reach(versions, tmp_path):
 
 def test_what_is_installed_is_what_was_asked_for(versions, monkeypatch, tmp_path):
     calls = []
-
-    def uv(*words):
-        calls.append([*map(str, words)])
-        return "torch==2.10.0"
-
-    monkeypatch.setattr(versions, "_uv", uv)
+    monkeypatch.setattr(versions, "_uv", lambda *words: calls.append([*map(str, words)]))
+    monkeypatch.setattr(versions, "installed", lambda folder: dict.fromkeys(versions.needed(), "2"))
     wheel, folder = tmp_path / "tokenconv-1.whl", tmp_path / "environment"
     versions.install(wheel, ROOT, folder, "3.12", lowest=True, instead=["timm==1.0.25"])
-    (*_, python, _), needed, _, tools = calls
+    (*_, python, _), needed, tools = calls
     assert python == "3.12"
     assert {"--resolution=lowest-direct", "--extra=deploy", str(wheel)} <= set(needed)
     assert "--extra=test" in tools
-    assert Path(tools[tools.index("--constraints") + 1]).read_text() == "torch==2.10.0"
+    assert Path(tools[tools.index("--constraints") + 1]).read_text().startswith("torch==2\n")
     for words in (needed, tools):
         assert words[words.index("--requirements") + 1] == str(ROOT / "pyproject.toml")
         assert Path(words[words.index("--overrides") + 1]).read_text() == "timm==1.0.25"
