@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        from tokenconv.cli import commands  # imports torch and timm: not for --help
+        from tokenconv.cli import commands  # imports timm: not for --help
 
         return commands.COMMANDS[args.command](args) or 0
     except BrokenPipeError:
