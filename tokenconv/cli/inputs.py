@@ -18,7 +18,8 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
 )
 """How timm's models are asked to take images of any size, by family; others have no such word."""
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+_FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+"""What a photograph may be, whatever its name ends in: Pillow would run Ghostscript for others."""
 
 
 def build_model(
@@ -80,8 +81,8 @@ def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Te
     """
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     photographs = _sample_photographs() if directory is None else _read(directory, batch_size)
-    batch = [transform(photographs[i % len(photographs)]) for i in range(batch_size)]
-    return torch.stack(batch)
+    prepared = torch.stack([transform(photograph) for photograph in photographs[:batch_size]])
+    return prepared[torch.arange(batch_size) % len(prepared)]
 
 
 def _sample_photographs() -> list[Image.Image]:
@@ -98,16 +99,17 @@ def _sample_photographs() -> list[Image.Image]:
 def _read(directory: Path, most: int) -> list[Image.Image]:
     if not directory.is_dir():
         raise MeasurementError(f"--images {directory} is not a folder")
-    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES)[:most]
+    found = (p for p in directory.iterdir() if p.suffix.lower() in _FORMATS and p.is_file())
+    paths = sorted(found)[:most]  # no pipe, which would be waited for
     if not paths:
-        endings = ", ".join(sorted(_SUFFIXES))
+        endings = ", ".join(_FORMATS)
         raise MeasurementError(f"--images {directory} holds no photographs ({endings})")
     return [_open(path) for path in paths]
 
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=sorted({*_FORMATS.values()})) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise MeasurementError(f"cannot read the image {path}: {error}") from error

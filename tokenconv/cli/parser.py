@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenconv.patterns import compiled
+
 _SWEPT = ("img-size", "batch-size", "memory-format", "compile", "kernel-size", "dtype")
 
 
@@ -291,9 +293,9 @@ def _rule(text: str) -> object:
 
 def _pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+        return compiled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _fraction(text: str) -> float:
@@ -307,6 +309,8 @@ def _fraction(text: str) -> float:
 
 
 def _positive(text: str) -> int:
+    if text.isdecimal() and len(text) > 9:  # torch could not count what it asks for
+        raise argparse.ArgumentTypeError(f"expected at most nine digits, got {text}")
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return int(text)
