@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
+from webdataset import utils as webdataset_utils
 from webdataset.compat import WebDataset
 from webdataset.shardlists import expand_urls, split_by_node
 from webdataset.utils import pytorch_worker_info
@@ -21,6 +22,8 @@ from webdataset.utils import pytorch_worker_info
 from training.errors import TrainingError
 from training.loading import read_picture, seeded
 
+# Or a name that begins with "pipe:" would run a shell.
+webdataset_utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]
 _PICTURES = "jpg;jpeg;png;webp"
 _SHUFFLED = 1000
 """Samples that are held to be given in random order."""
