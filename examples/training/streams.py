@@ -8,6 +8,7 @@ A sample is a picture (``.jpg``, ``.jpeg``, ``.png`` or ``.webp``) with a ``.cls
 
 import io
 import random
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,15 @@ class Shards:
         samples: Of an epoch; only for what is trained on.
 
     Raises:
-        TrainingError: If the pattern does not say where the split's name stands, or names nothing.
+        TrainingError: If the pattern does not say where the split's name stands, names nothing, or
+            is a command.
     """
 
     def __init__(self, pattern: str, split: str, *, is_mask: bool, samples: int = 0):
+        if pattern.startswith("pipe:"):
+            raise TrainingError(
+                f"shards are files or addresses, not what a command gives: {pattern}"
+            )
         if "{split}" not in pattern:
             raise TrainingError(f"expected {{split}} in the pattern of the shards, got {pattern}")
         named = pattern.replace("{split}", split)
@@ -71,12 +77,15 @@ class Shards:
         if rng is not None:
             found = found.repeat().shuffle(_SHUFFLED, rng=rng)
         target = "mask.png" if self.is_mask else "cls"
-        for key, picture, value in found.to_tuple("__key__", _PICTURES, target):
-            image = read_picture(io.BytesIO(picture), key, "RGB")
-            if self.is_mask:
-                yield image, read_picture(io.BytesIO(value), f"{key}.mask.png", None)
-            else:
-                yield image, _class_of(value, key)
+        try:
+            for key, picture, value in found.to_tuple("__key__", _PICTURES, target):
+                image = read_picture(io.BytesIO(picture), key, "RGB")
+                if self.is_mask:
+                    yield image, read_picture(io.BytesIO(value), f"{key}.mask.png", None)
+                else:
+                    yield image, _class_of(value, key)
+        except (tarfile.TarError, ValueError, KeyError) as error:  # what a shard lacks
+            raise TrainingError(f"cannot read the shards {names[0]}, ...: {error}") from error
 
 
 class Streamed(IterableDataset[Any]):

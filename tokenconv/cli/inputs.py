@@ -1,5 +1,6 @@
 """What the commands work on: timm models by name, and photographs."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Te
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     photographs = _sample_photographs() if directory is None else _read(directory, batch_size)
     prepared = torch.stack([transform(photograph) for photograph in photographs[:batch_size]])
-    return prepared[torch.arange(batch_size) % len(prepared)]
+    return prepared.repeat(math.ceil(batch_size / len(prepared)), 1, 1, 1)[:batch_size]
 
 
 def _sample_photographs() -> list[Image.Image]:
