@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark clean
+.PHONY: demo test test-all lint benchmark results docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -29,13 +29,26 @@ lint: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py
 
+# The page, the README's table and the figures of what is kept in benchmarks/results/; measures nothing.
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going -n docs docs/_build/html
+	@echo
+	@echo "Open docs/_build/html/index.html"
+
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $(VENV)/.demo $@
+	@touch $(VENV)/.demo $(VENV)/.docs $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,4 +58,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 clean:
-	rm -rf $(VENV) tokenconv-report
+	rm -rf $(VENV) tokenconv-report docs/_build docs/generated

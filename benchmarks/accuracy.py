@@ -34,7 +34,7 @@ from typing import Any
 
 import timm
 import torch
-from common import ROOT, facts, write_json
+from common import ROOT, facts, write_figure, write_json
 from matplotlib.figure import Figure
 from safetensors.torch import load_model, save_model
 from scipy.stats import t as student
@@ -428,7 +428,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Learning curves, means with their intervals."""
+    """Learning curves, means with their intervals, as pictures beside the file of the result."""
     settings = result["settings"]
     panels = _pairs(settings)
     figure = Figure(figsize=(13, 3.6 * len(panels)), layout="constrained")
@@ -451,7 +451,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3)
         line[0].set_ylabel(f"{METRICS[task][0]} on test scenes, %")
         line[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -477,9 +477,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bases", type=Path, default=Path("runs/accuracy"), help="frozen ViTs, kept"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="JSON; table and curves lie beside it"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON; curves lie beside it")
     return parser.parse_args(words)
 
 
@@ -504,9 +502,7 @@ def main() -> None:
     perform_all(args, result)
     result["summary"] = summary(result)
     write_json(args.out, result)
-    args.out.with_suffix(".md").write_text(markdown(result["summary"]))
-    for kind in (".png", ".svg"):
-        draw(result, args.out.with_suffix(kind))
+    draw(result, args.out)
     print(markdown(result["summary"]))
 
 

@@ -6,14 +6,14 @@ MobileNetV1 has 27 times fewer multiply-accumulates than VGG-16: that is a ratio
 it stands beside the ratio of measured times. Every network takes images of the size it was
 published for, all run in turn in every round, and times are divided by each other round by round.
 Weights are random; norms take the statistics of the images first, since values that vanish are slow
-to compute. The table (Markdown) and the figure lie beside the JSON file.
+to compute. The figure lies beside the JSON file.
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,10 +22,11 @@ from common import (
     DTYPES,
     add_options,
     format_table,
+    let_norms_know,
     set_up,
     time_arms,
+    write_figure,
     write_json,
-    write_whole,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -54,12 +55,9 @@ def make(name: str, args: argparse.Namespace) -> nn.Module:
         ValueError: If what it computes is not finite.
     """
     model = build(name)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 1.0  # the next batch decides
     images = torch.randn(4, 3, _side(name, args), _side(name, args))
+    let_norms_know(model, images)
     with torch.no_grad():
-        model.train()(images)
         if not model.eval()(images).isfinite().all():
             raise ValueError(f"the output of {name} is not finite: not timed")
     return model.to(args.device, DTYPES[args.dtype])
@@ -162,27 +160,21 @@ def _spread(spread: Mapping[str, float], digits: int) -> str:
     return f"{spread['median']:.{digits}f} ({spread['iqr']:.{digits}f})"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as a table."""
-    header, *others = rows
-    lines = [header, ["---"] * len(header), *others]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
+def draw(result: Mapping[str, Any], path: Path) -> None:
     """Ratios of times over ratios of counts; on the line both are the same.
 
-    Returns:
-        The picture; None if there is nothing to draw it with, or nothing to draw.
+    Args:
+        result: What is written.
+        path: Where it is written; the pictures go beside it.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure: matplotlib is not installed")
-        return None
+        return
     if not (points := ratios(result)):
-        return None
-    figure = Figure(figsize=(7, 5), layout="constrained")
+        return
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
     for batch_size in dict.fromkeys(point["batch_size"] for point in points):
         own = [point for point in points if point["batch_size"] == batch_size]
@@ -191,10 +183,11 @@ def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
         halves = [time["iqr"] / 2 for time in times]
         axis.errorbar(macs, medians, halves, fmt="o", capsize=3, label=f"batch {batch_size}")
     for name in dict.fromkeys(point["model"] for point in points):
-        highest = max((p for p in points if p["model"] == name), key=lambda p: p["time"]["median"])
+        lowest = min((p for p in points if p["model"] == name), key=lambda p: p["time"]["median"])
         axis.annotate(
-            name, (highest["macs"], highest["time"]["median"]), fontsize=8,
-            xytext=(0, 9), textcoords="offset points", ha="center",
+            name, (lowest["macs"], lowest["time"]["median"]), fontsize=8,
+            xytext=(3, -4), textcoords="offset points", rotation=-60, rotation_mode="anchor",
+            va="top",
         )  # fmt: skip
     ends = [min(p["macs"] for p in points) / 1.3, max(p["macs"] for p in points) * 1.3]
     axis.plot(ends, ends, color="black", linewidth=1, label="as many times faster as fewer MACs")
@@ -204,13 +197,11 @@ def draw(result: Mapping[str, Any], ending: str) -> bytes | None:
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_ticks(ticks, [f"{tick}x" for tick in ticks])
         scale.set_ticks([], minor=True)
-    axis.set(xlim=(ends[0] / 1.2, ends[1] * 1.2), ylim=(1, ends[1] * 1.2))
+    axis.set(xlim=(ends[0] / 1.2, ends[1] * 1.4), ylim=(0.5, ends[1] * 1.2))
     axis.set_title(f"{result['device']}, {result['dtype']}", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=ending, dpi=110)
-    return picture.getvalue()
+    write_figure(figure, path)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -246,10 +237,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(format_table(rows))
     if args.out:
         write_json(args.out, result)
-        write_whole(args.out.with_suffix(".md"), markdown(rows).encode())
-        for ending in ("png", "svg"):
-            if picture := draw(result, ending):
-                write_whole(args.out.with_suffix(f".{ending}"), picture)
+        draw(result, args.out)
         print(f"\nwritten to {args.out}")
     return 0
 

@@ -1,6 +1,7 @@
 """What every benchmark shares: options, timing, facts about the machine and the result file."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if find_spec("matplotlib") is None:
@@ -107,6 +108,18 @@ def compiled(work: Any) -> Any:
     """``torch.compile`` for the shapes that come, as many as there are, or an error."""
     torch._dynamo.config.recompile_limit = 1000  # beyond it everything runs uncompiled
     return torch.compile(work, dynamic=False, fullgraph=True)
+
+
+@torch.no_grad()
+def let_norms_know(model: nn.Module, images: Tensor) -> None:
+    """Give BatchNorms the statistics of images: values that vanish are slow to compute."""
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the next batch decides
+    model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def check_alike(
@@ -225,6 +238,17 @@ def write_whole(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG and SVG beside a file, always in the same bytes."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "tokenconv"}):
+        for kind, origin in (("png", "Software"), ("svg", "Date")):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=110, metadata={origin: None})
+            write_whole(path.with_suffix(f".{kind}"), picture.getvalue())
 
 
 def _positive(text: str) -> int:

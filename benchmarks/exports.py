@@ -1,11 +1,11 @@
-"""Which blocks can be exported to what, with batch and size open?
+"""Which blocks can be exported to what?
 
     python benchmarks/exports.py            # about an hour; --targets onnx pt2 takes minutes
 
 Every block of ``BLOCKS``, with random weights, is given maps of open size and written as every
 target by ``tokenconv.export``, which compares the file with the block: at the size asked for and
-three others, with one image and with three. ``EXPORTS.md`` is the table of it; what is not asked
-for anew stays as it was there.
+three others, with one image and with three; ExecuTorch's are of one shape. ``EXPORTS.md`` is the
+table of it; what is not asked for anew stays as it was there.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,15 @@ def attempt(name: str, target: Target, folder: Path) -> ExportReport:
     Raises:
         ExportError: If it cannot be.
     """
-    path = folder / f"{name}.{'onnx' if target == Target.ONNX else 'pt2'}"
+    path = folder / f"{name}{target.suffix}"
     is_stem = tc.BLOCKS[name].kind == "stem"
+    opened: dict[str, Any] = {"dynamic": ()}
+    if target != Target.EXECUTORCH:
+        step = STEM_STEP if is_stem else STEP
+        opened = {"dynamic": ("batch", "hw"), "multiple_of": step}
     return tc.export(
-        make(name), path, to=target, dynamic=("batch", "hw"),
-        input_size=STEM_SIZE if is_stem else SIZE, multiple_of=STEM_STEP if is_stem else STEP,
-    )  # fmt: skip
+        make(name), path, to=target, input_size=STEM_SIZE if is_stem else SIZE, **opened
+    )
 
 
 def sweep(names: Sequence[str], targets: Sequence[Target]) -> Iterator[tuple[str, Target, str]]:
@@ -99,8 +103,9 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Blocks and what they can be exported to",
         "",
-        "Made by `python benchmarks/exports.py`. Batch, H and W are open. A number is the largest",
-        "difference between the file and the block in float32, relative to the largest output.",
+        "Made by `python benchmarks/exports.py`. Batch, H and W are open, but for ExecuTorch,",
+        "which plans for one shape. A number is the largest difference between the file and the",
+        "block in float32, relative to the largest output.",
         "",
         "| block | " + " | ".join(Target) + " |",
         "|---|" + "---|" * len(Target),

@@ -18,7 +18,6 @@ as large as its cache; what Python and dispatch take is measured apart.
 """
 
 import argparse
-import io
 import math
 import random
 import sys
@@ -40,8 +39,8 @@ from common import (
     peak_bytes,
     set_up,
     time_arms,
+    write_figure,
     write_json,
-    write_whole,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -567,10 +566,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axis.set_axisbelow(True)
     axis.set_title(f"{result['device']}, {result['dtype']}, activation: {result['activation']}")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    for ending in ("png", "svg"):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=ending, dpi=110)
-        write_whole(path.with_suffix(f".{ending}"), picture.getvalue())
+    write_figure(figure, path)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

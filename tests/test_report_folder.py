@@ -139,7 +139,7 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path):
 
 
 def test_a_folder_that_nothing_came_into_goes_again(tmp_path: Path):
-    enter(tmp_path / "new")
+    enter(tmp_path / "deep" / "new")
     assert snapshot(tmp_path) == {}
     (tmp_path / "mine").mkdir()
     enter(tmp_path / "mine")

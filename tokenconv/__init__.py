@@ -32,7 +32,7 @@ from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 if TYPE_CHECKING:
     from tokenconv import analysis
     from tokenconv.analysis import decompose_
-    from tokenconv.deploy import export
+    from tokenconv.deploy import export, quantize_
     from tokenconv.profiling import Comparison, compare
     from tokenconv.surgery import (
         Plan,
@@ -92,6 +92,7 @@ __all__ = [
     "map_to_tokens",
     "param_groups",
     "plan",
+    "quantize_",
     "remove_",
     "save",
     "tokens_to_map",
@@ -101,6 +102,7 @@ __all__ = [
 _LATER = {
     "decompose_": "tokenconv.analysis",
     "export": "tokenconv.deploy",
+    "quantize_": "tokenconv.deploy",
     "Comparison": "tokenconv.profiling",
     "compare": "tokenconv.profiling",
     "Plan": "tokenconv.surgery",

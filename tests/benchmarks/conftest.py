@@ -20,4 +20,5 @@ def load_benchmark(monkeypatch):
         return module
 
     yield load
-    sys.modules.pop("common", None)
+    for name in [path.stem for path in BENCHMARKS.glob("*.py")]:
+        sys.modules.pop(name, None)  # what a benchmark imported

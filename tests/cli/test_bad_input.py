@@ -237,13 +237,13 @@ def refused_images(line: CommandLine, images: Path) -> str:
 
 def test_a_folder_of_images_that_is_missing(line: CommandLine):
     images = line.folder / "images"
-    assert refused_images(line, images) == f"--images {images} is not a folder"
+    assert refused_images(line, images) == f"{images} is not a folder of photographs"
 
 
 def test_a_file_in_place_of_a_folder_of_images(line: CommandLine):
     images = line.folder / "photograph.png"
     Image.new("RGB", (32, 32)).save(images)
-    assert refused_images(line, images) == f"--images {images} is not a folder"
+    assert refused_images(line, images) == f"{images} is not a folder of photographs"
 
 
 @pytest.mark.parametrize("names", [[], ["notes.txt", "photograph.gif"]])
@@ -253,14 +253,14 @@ def test_a_folder_without_images(line: CommandLine, names: list[str]):
     for name in names:
         (images / name).write_bytes(b"")
     message = refused_images(line, images)
-    assert message.startswith(f"--images {images} holds no photographs (.bmp, .jpeg, .jpg, .png")
+    assert message.startswith(f"{images} holds no photographs (.bmp, .jpeg, .jpg, .png")
 
 
 def test_a_pipe_is_not_waited_for(line: CommandLine):
     images = line.folder / "images"
     images.mkdir()
     os.mkfifo(images / "photograph.png")
-    assert f"--images {images} holds no photographs" in refused_images(line, images)
+    assert f"{images} holds no photographs" in refused_images(line, images)
 
 
 def test_other_programs_are_not_run_for_a_picture(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import tokenconv as tc
 from tokenconv.cli import main
@@ -48,6 +49,29 @@ def test_folding_that_changes_the_output_is_refused(tmp_path: Path, monkeypatch,
     assert main([*SMALL, *words]) == 1
     assert "folding changes the output by" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_of_eight_bits(tmp_path: Path, capsys):
+    (tmp_path / "photographs").mkdir()
+    for number in range(3):
+        picture = Image.effect_noise((80, 60), 40 + number).convert("RGB")
+        picture.save(tmp_path / "photographs" / f"{number}.png")
+    words = ["export", "test_vit", "--out", str(tmp_path / "a.onnx"), "--keep-float", "ends"]
+    assert main([*words, "--calibration", str(tmp_path / "photographs")]) == 0
+    printed = capsys.readouterr().out
+    assert "a.onnx: onnx, float32 and int8, " in printed
+    assert "24 of 26 layers with weights in int8" in printed
+    assert "float, first and last layer: patch_embed.proj, head" in printed
+
+
+def test_a_calibration_folder_without_images(tmp_path: Path, capsys):
+    (tmp_path / "photographs").mkdir()
+    words = ["export", "test_vit", "--out", str(tmp_path / "a.onnx"), "--calibration"]
+    for folder, message in (("photographs", "holds no photographs (.bmp"), ("no", "is not a fold")):
+        assert main([*words, str(tmp_path / folder)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
 
 
 def test_a_plan_from_a_file(tmp_path: Path, capsys):
@@ -94,6 +118,9 @@ def test_a_model_of_one_size_says_so(tmp_path: Path, capsys):
         (["--site", "beside_mlp"], "name it with --block"),
         (["--opset", "20"], "--opset is of ONNX files, not of pt2"),
         (["--multiple-of", "16"], "add hw to --dynamic"),
+        (["--calibration", "."], "--calibration is of ONNX files, not of pt2"),
+        (["--keep-float", "ends"], "add --calibration DIR"),
+        (["--keep-float", "heads"], "invalid choice: 'heads'"),
         (["--dynamic", "width"], "expected batch, hw, hw,batch or none, got 'width'"),
         (["--block", "peg", "--hybrid", "dir"], "not allowed with argument"),
     ],

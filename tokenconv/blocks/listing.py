@@ -7,10 +7,7 @@ from dataclasses import asdict
 from tokenconv.blocks.catalogue import BLOCKS
 from tokenconv.blocks.registry import BlockInfo, Paper
 
-_INTRODUCTION = """# Blocks
-
-Made by `tokenconv list --markdown > BLOCKS.md`; do not edit. One row per paper.
-
+LEGEND = """\
 `tc.create_block(name, dim, **arguments)` builds one; `nn` is `torch.nn`, and `StarReLU` is in
 `tokenconv.layers`. C is `dim`, O the channels that come out, h the hidden width, w that of a
 bottleneck, K the kernel side, E the experts, N the tokens on the grid of H rows and W columns, n
@@ -19,9 +16,15 @@ come in, and C and N come out. Parameters and multiply-accumulates (for one imag
 block as it is built without arguments. Sites are where `tc.insert_` puts it (`site=`), the usual
 one first. `source=` is for `tc.load_official`, which takes weights under the keys of that paper's
 repository. Every block is compared with code we did not write, or with a reference written from the
-paper's facts, in the test that its row links to.
+paper's facts, in the test that it links to.
 """
-_GROUPS = {
+"""What the letters and columns mean, in Markdown."""
+_INTRODUCTION = f"""# Blocks
+
+Made by `tokenconv list --markdown > BLOCKS.md`; do not edit. One row per paper.
+
+{LEGEND}"""
+GROUPS = {
     "ffn": ("Feed-forwards", "In place of the MLP of a Transformer block, or beside it."),
     "position": ("Position and local", "In front of a block, or beside its parts."),
     "mixer": (
@@ -42,6 +45,7 @@ _GROUPS = {
         "`stem(images)` gives `(tokens, TokenGrid)`; in place of a patch embedding.",
     ),
 }
+"""Title of each group, and a sentence about it."""
 _COLUMNS = (
     "paper", "block", "computes", "parameters", "multiply-accumulates", "prefix tokens",
     "sites", "`source=`", "test",
@@ -56,7 +60,7 @@ def to_json(names: Sequence[str]) -> str:
 def to_markdown(names: Sequence[str]) -> str:
     """Rows of the catalogue as a page with a row per paper."""
     lines = [_INTRODUCTION]
-    for group, (title, about) in _GROUPS.items():
+    for group, (title, about) in GROUPS.items():
         rows = [
             _cells(_entry(name, info, paper))
             for name, info in BLOCKS.items()

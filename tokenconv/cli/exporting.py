@@ -7,7 +7,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from tokenconv.cli.inputs import build_model, image_size
+from tokenconv.cli.inputs import build_model, image_size, load_photographs
 from tokenconv.deploy import export
 from tokenconv.deploy.exporting import largest_difference
 from tokenconv.deploy.targets import flat
@@ -38,6 +38,9 @@ def run_export(args: argparse.Namespace, where: dict[str, Any]) -> None:
     elif args.block is not None:
         insert_(model, args.block, **where)
     model.eval()
+    calibration = args.calibration and load_photographs(
+        model, args.calibration, args.calibration_images
+    )
     folded = [_fold(model, (2, *input_size))] if args.fold else []
     report = export(
         model,
@@ -49,6 +52,8 @@ def run_export(args: argparse.Namespace, where: dict[str, Any]) -> None:
         batch_size=args.batch_size,
         dtype=getattr(torch, args.dtype),
         opset=args.opset,
+        calibration=calibration,
+        keep_float=args.keep_float,
     )
     print(*folded, report, sep="\n")
 

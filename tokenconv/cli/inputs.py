@@ -80,10 +80,33 @@ def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Te
     Raises:
         MeasurementError: If there are no photographs, or one cannot be read.
     """
+    if directory is None:
+        found = _prepared(model, _sample_photographs())
+    else:
+        found = load_photographs(model, directory, batch_size)
+    return found.repeat(math.ceil(batch_size / len(found)), 1, 1, 1)[:batch_size]
+
+
+def load_photographs(model: nn.Module, directory: Path, most: int) -> Tensor:
+    """Photographs of a folder in order of name, through the model's own timm transform.
+
+    Args:
+        model: Says what input it expects.
+        directory: Where they are.
+        most: How many at most.
+
+    Returns:
+        ``(B, C, H, W)``, float32.
+
+    Raises:
+        MeasurementError: If there are none, or one cannot be read.
+    """
+    return _prepared(model, _read(directory, most))
+
+
+def _prepared(model: nn.Module, photographs: Sequence[Image.Image]) -> Tensor:
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-    photographs = _sample_photographs() if directory is None else _read(directory, batch_size)
-    prepared = torch.stack([transform(photograph) for photograph in photographs[:batch_size]])
-    return prepared.repeat(math.ceil(batch_size / len(prepared)), 1, 1, 1)[:batch_size]
+    return torch.stack([transform(photograph) for photograph in photographs])
 
 
 def _sample_photographs() -> list[Image.Image]:
@@ -99,12 +122,12 @@ def _sample_photographs() -> list[Image.Image]:
 
 def _read(directory: Path, most: int) -> list[Image.Image]:
     if not directory.is_dir():
-        raise MeasurementError(f"--images {directory} is not a folder")
+        raise MeasurementError(f"{directory} is not a folder of photographs")
     found = (p for p in directory.iterdir() if p.suffix.lower() in _FORMATS and p.is_file())
     paths = sorted(found)[:most]  # no pipe, which would be waited for
     if not paths:
         endings = ", ".join(_FORMATS)
-        raise MeasurementError(f"--images {directory} holds no photographs ({endings})")
+        raise MeasurementError(f"{directory} holds no photographs ({endings})")
     return [_open(path) for path in paths]
 
 

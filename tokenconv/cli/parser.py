@@ -53,10 +53,16 @@ def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
     if args.fold and args.block is args.hybrid is args.plan is None:
         parser.error("--fold is about what was inserted: name it with --block, --plan or --hybrid")
+    if args.to == "executorch" and args.dynamic:
+        parser.error("executorch plans its memory for one shape of images: add --dynamic none")
     if args.opset is not None and args.to != "onnx":
         parser.error(f"--opset is of ONNX files, not of {args.to}")
     if args.multiple_of is not None and "hw" not in args.dynamic:
         parser.error("--multiple-of is about open image sizes: add hw to --dynamic")
+    if args.calibration is not None and args.to != "onnx":
+        parser.error(f"--calibration is of ONNX files, not of {args.to}")
+    if args.keep_float and args.calibration is None:
+        parser.error("--keep-float is about files of eight bits: add --calibration DIR")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -207,7 +213,7 @@ def _add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     exporting = commands.add_parser(
         "export",
-        help="write a model as ONNX, a torch.export program or an AOTInductor package",
+        help="write a model as ONNX, as a torch.export program, for AOTInductor or ExecuTorch",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -223,9 +229,9 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_block_options(exporting)
     exporting.add_argument("--pretrained", action="store_true", help="load pretrained weights")
     exporting.add_argument("--num-classes", type=_positive, help="None takes the model's own")
-    exporting.add_argument("--to", default="onnx", choices=("onnx", "pt2", "aoti"))
+    exporting.add_argument("--to", default="onnx", choices=("onnx", "pt2", "aoti", "executorch"))
     exporting.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="ending in .onnx or .pt2"
+        "--out", type=Path, required=True, metavar="FILE", help="ending in .onnx, .pt2 or .pte"
     )
     exporting.add_argument(
         "--dynamic",
@@ -248,6 +254,22 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     exporting.add_argument("--opset", type=_positive, help="of ONNX; None takes torch's choice")
     exporting.add_argument(
         "--fold", action="store_true", help="fold what was inserted first, and say what could be"
+    )
+    exporting.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="write an ONNX file of eight bits, calibrated with the photographs in DIR",
+    )
+    exporting.add_argument(
+        "--calibration-images", type=_positive, default=64, help="how many of DIR at most"
+    )
+    exporting.add_argument(
+        "--keep-float",
+        nargs="+",
+        default=(),
+        choices=("depthwise", "ends"),
+        help="with --calibration: leave these layers in float",
     )
 
 

@@ -4,24 +4,29 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tokenconv.deploy.programs import brief, program_of
+from tokenconv.deploy.quantization import Calibration, QuantizationReport, keep_float_of, unwrapped
 from tokenconv.deploy.sizes import Sizes, sizes_for
 from tokenconv.deploy.targets import Run, Target, flat, writer
 from tokenconv.errors import ExportError
 
+Images = Callable[[tuple[int, ...]], Tensor]
+"""Images of a shape."""
 _TOLERANCES = {
     torch.float64: 1e-8,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+_INT8_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class ExportReport:
     """The shape of the images with which the program was made."""
     tolerance: float
     checked: tuple[Checked, ...]
+    quantization: QuantizationReport | None = None
+    """Which layers have eight bits, if any has."""
 
     @property
     def difference(self) -> float:
@@ -62,9 +69,12 @@ class ExportReport:
             rows, cols = self.multiple_of
             steps = f"; sizes from {2 * rows}x{2 * cols} on, in steps of {rows}x{cols}"
         size = self.path.stat().st_size / 2**20 if self.path.exists() else 0.0
+        dtype = str(self.dtype)[6:]
         lines = [
-            f"{self.path}: {self.target}, {str(self.dtype)[6:]}, {size:.1f} MiB",
+            f"{self.path}: {self.target}, {dtype}{' and int8' * bool(self.quantization)}, "
+            f"{size:.1f} MiB",
             f"  open: {opened}{steps}",
+            *(f"  {line}" for line in str(self.quantization or "").splitlines()),
             f"  largest difference from the model: {self.difference:.1e} of its largest output "
             f"(allowed: {self.tolerance:.0e})",
         ]
@@ -86,6 +96,8 @@ def export(
     dtype: torch.dtype | None = None,
     opset: int | None = None,
     tolerance: float | None = None,
+    calibration: Tensor | None = None,
+    keep_float: Sequence[str] = (),
 ) -> ExportReport:
     """Export a model that takes images, and check the file against it.
 
@@ -96,10 +108,10 @@ def export(
 
     Args:
         model: Any module that takes images ``(B, C, H, W)``, such as a timm model or a hybrid.
-        path: The file, ending in ``.onnx``, or ``.pt2`` for the other targets. An older one is
-            replaced.
+        path: The file, ending in ``.onnx``, ``.pt2`` for ``pt2`` and ``aoti``, or ``.pte`` for
+            ``executorch``. An older one is replaced.
         input_size: ``(C, H, W)`` of an image.
-        to: ``onnx``, ``pt2`` or ``aoti``; see ``Target``.
+        to: ``onnx``, ``pt2``, ``aoti`` or ``executorch``; see ``Target``.
         dynamic: What stays open: ``batch``, ``hw`` or both. timm's ViTs take images of any size if
             they were made with ``dynamic_img_size=True``.
         multiple_of: With ``hw``, what H and W are multiples of; None takes it from the patches and
@@ -108,7 +120,14 @@ def export(
         dtype: Convert the copy to it; None keeps the model's own.
         opset: Of an ONNX file; None takes torch's choice.
         tolerance: Largest difference allowed, relative to the largest output; None takes 1e-4 in
-            float32, more in 16 bits, and 1e-8 in float64.
+            float32, more in 16 bits, 1e-8 in float64, and 0.2 with ``calibration``.
+        calibration: Images ``(N, C, H, W)`` in float32, prepared as for the model, to write an ONNX
+            file of eight bits: layers with weights compute in int8, with a scale per channel for
+            weights, and for activations the range that these images bring forth. Some dozens of
+            what the model will see are enough. The file is then compared with the model on these
+            images, resized where sizes are open.
+        keep_float: With ``calibration``, layers that stay in float: ``depthwise``, ``ends`` (the
+            first and the last) or both.
 
     Returns:
         Which sizes were checked, and the largest difference.
@@ -118,38 +137,88 @@ def export(
             is left then, and an older one stays.
     """
     target, path = Target.of(to), Path(path)
-    how = writer(target, opset)
-    if path.suffix != how.suffix:
-        raise ExportError(f"{target} is written to a file ending in {how.suffix}, got {path}")
+    int8 = _calibration(calibration, keep_float, target)
+    how = writer(target, opset, int8)
+    if target == Target.EXECUTORCH and dynamic:
+        raise ExportError(
+            f"{target} plans its memory for one shape of images: pass dynamic=(), and batch_size"
+        )
+    if path.suffix != target.suffix:
+        raise ExportError(f"{target} is written to a file ending in {target.suffix}, got {path}")
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"{path} cannot be a file: its folder is missing, or it is a folder")
     sizes = sizes_for(model, input_size, dynamic, multiple_of, batch_size)
-    model = copy.deepcopy(model).eval()
+    model = unwrapped(copy.deepcopy(model).eval())
     if dtype is not None:
         model = model.to(dtype)
     like = _like(model)
-    allowed = _TOLERANCES[like.dtype] if tolerance is None else tolerance
+    if int8 is not None:
+        _check_fit(int8.images, sizes, like)
+    images: Images = partial(images_of, like=like) if int8 is None else int8.resized
+    if tolerance is None:
+        tolerance = _TOLERANCES[like.dtype] if int8 is None else _INT8_TOLERANCE
     # A copy of its own: models may keep what they computed for the last size, as rotary ones do.
-    expected = _outputs(copy.deepcopy(model), sizes, like)
-    program = program_of(model, images_of(sizes.traced, like), sizes)
+    expected = _outputs(copy.deepcopy(model), sizes, images)
+    program = program_of(model, images(sizes.traced), sizes)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         try:
-            how.write(program, written)
+            quantization = how.write(program, written)
             run = how.load(written)
         except ExportError:
             raise
         except Exception as error:  # whatever the exporters raise
             raise ExportError(f"cannot be written as {target}: {brief(error)}") from error
         checked = tuple(
-            Checked(shape, _difference(run, images_of(shape, like), outputs))
+            Checked(shape, _difference(run, images(shape), outputs))
             for shape, outputs in expected.items()
         )
-        _judge(checked, allowed, target)
+        _judge(checked, tolerance, target)
         os.replace(written, path)  # noqa: PTH105  # whole, or not at all
     return ExportReport(
-        path, target, like.dtype, sizes.dynamic, sizes.multiple_of, sizes.traced, allowed, checked
-    )
+        path, target, like.dtype, sizes.dynamic, sizes.multiple_of, sizes.traced, tolerance,
+        checked, quantization,
+    )  # fmt: skip
+
+
+def _calibration(
+    images: Tensor | None, keep_float: Sequence[str], target: Target
+) -> Calibration | None:
+    kept = keep_float_of(keep_float)
+    if images is None:
+        if kept:
+            raise ExportError("keep_float is about files of eight bits: pass calibration as well")
+        return None
+    if target != Target.ONNX:
+        raise ExportError(
+            f"calibration is for ONNX files, not for {target}: use quantize_ on the model before"
+        )
+    if images.ndim != 4 or not len(images):
+        raise ExportError(
+            f"expected images (N, C, H, W) to calibrate with, one or more, got {(*images.shape,)}"
+        )
+    return Calibration(images.detach().cpu(), kept)
+
+
+def _check_fit(images: Tensor, sizes: Sizes, like: Tensor) -> None:
+    """Refuse images that the file will not take."""
+    if like.dtype != torch.float32 or images.dtype != torch.float32:
+        raise ExportError(
+            f"files of eight bits are made from models and images in float32, got "
+            f"{str(like.dtype)[6:]} and {str(images.dtype)[6:]}"
+        )
+    channels, *size = images.shape[1:]
+    steps = sizes.multiple_of
+    wanted = f"{'x'.join(map(str, sizes.checked[0][2:]))}"
+    fits = [*size] == [*sizes.checked[0][2:]]
+    if steps is not None:
+        wanted = f"multiples of {steps[0]}x{steps[1]}"
+        fits = all(side % step == 0 for side, step in zip(size, steps, strict=True))
+    if not fits or channels != sizes.traced[1]:
+        raise ExportError(
+            f"expected images of {sizes.traced[1]} channels and {wanted} pixels to calibrate with, "
+            f"got {channels} channels and {'x'.join(map(str, size))}"
+        )
 
 
 def images_of(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -170,12 +239,12 @@ def _like(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, sizes: Sizes, like: Tensor) -> dict[tuple[int, ...], list[Tensor]]:
+def _outputs(model: nn.Module, sizes: Sizes, images: Images) -> dict[tuple[int, ...], list[Tensor]]:
     """What the model returns for the images of every size to be checked."""
     found = {}
     for shape in (sizes.traced, *sizes.checked):
         try:
-            found[shape] = flat(model(images_of(shape, like)))
+            found[shape] = flat(model(images(shape)))
         except Exception as error:  # as models say that they do not take a size
             size = "x".join(map(str, shape))
             advice = ""

@@ -1,6 +1,8 @@
 """From a model to a ``torch.export`` program of standard operators."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from tokenconv.ops.depthwise_conv import triton
 
 _STANDARD = {"aten", "prim", "prims", "higher_order"}
 """Namespaces of operators that every PyTorch has."""
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -69,13 +72,26 @@ def _open(sizes: Sizes) -> dict[int, Any]:
 
 
 def _in_aten(program: ExportedProgram) -> ExportedProgram:
-    """The program with our operators written in ATen, if there are any."""
-    if not any(name.startswith("tokenconv::") for name in _foreign(program)):
-        return program
-    return program.run_decompositions(triton.decompositions())
+    """The program with our operators, and others' that consist of ATen's, written in ATen."""
+    known: dict[Any, Callable[..., Any]] = {}
+    for operator in _operators(program):
+        if operator in triton.decompositions():
+            known[operator] = triton.decompositions()[operator]
+        elif operator.namespace not in _STANDARD and _is_composite(operator):
+            # ``decompose`` would find itself in the table, and ask itself.
+            known[operator] = partial(operator._op_dk, _COMPOSITE)
+    return program.run_decompositions(known) if known else program
+
+
+def _is_composite(operator: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), _COMPOSITE)
 
 
 def _foreign(program: ExportedProgram) -> set[str]:
+    return {op.name() for op in _operators(program) if op.namespace not in _STANDARD}
+
+
+def _operators(program: ExportedProgram) -> set[torch._ops.OpOverload]:
     targets = {
         node.target
         for module in program.graph_module.modules()
@@ -83,5 +99,4 @@ def _foreign(program: ExportedProgram) -> set[str]:
         for node in module.graph.nodes
         if node.op == "call_function"
     }
-    operators = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    return {op.name() for op in operators if op.namespace not in _STANDARD}
+    return {target for target in targets if isinstance(target, torch._ops.OpOverload)}

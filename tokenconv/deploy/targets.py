@@ -12,7 +12,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from tokenconv.choice import Choice
+from tokenconv.deploy.extras import need
 from tokenconv.deploy.programs import brief
+from tokenconv.deploy.quantization import Calibration, QuantizationReport, quantize_onnx
 from tokenconv.errors import ExportError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -31,19 +33,25 @@ class Target(Choice):
     """A ``torch.export`` program, for ``torch.export.load``."""
     AOTI = "aoti"
     """A package compiled by AOTInductor, for ``torch._inductor.aoti_load_package`` and C++."""
+    EXECUTORCH = "executorch"
+    """A program for phones, computed by XNNPACK where it can be; of one size."""
+
+    @property
+    def suffix(self) -> str:
+        """How names of its files end."""
+        own = {Target.ONNX: ".onnx", Target.EXECUTORCH: ".pte"}
+        return own.get(self, ".pt2")
 
 
 class Writer(Protocol):
     """Writes and reads files of a target."""
 
-    suffix: str
-
     def check(self) -> None:
         """Refuse what can be known to fail, before anything is traced."""
         ...
 
-    def write(self, program: ExportedProgram, path: Path) -> None:
-        """Write a file."""
+    def write(self, program: ExportedProgram, path: Path) -> QuantizationReport | None:
+        """Write a file, and say what was quantised."""
         ...
 
     def load(self, path: Path) -> Run:
@@ -51,21 +59,26 @@ class Writer(Protocol):
         ...
 
 
-def writer(target: Target, opset: int | None) -> Writer:
+def writer(target: Target, opset: int | None, calibration: Calibration | None) -> Writer:
     """The writer of a target.
+
+    Args:
+        target: What is to be written.
+        opset: Of an ONNX file; None takes torch's choice.
+        calibration: Writes an ONNX file of eight bits.
 
     Raises:
         ExportError: If what it needs is missing, or there is no such opset.
     """
     if opset is not None and target != Target.ONNX:
         raise ExportError(f"an opset is of ONNX files, not of {target}: leave it out")
-    found: Writer = (
-        OnnxWriter(opset)
-        if target == Target.ONNX
-        else Pt2Writer()
-        if target == Target.PT2
-        else AotiWriter()
-    )
+    writers: dict[Target, Callable[[], Writer]] = {
+        Target.ONNX: lambda: OnnxWriter(opset, calibration),
+        Target.PT2: Pt2Writer,
+        Target.AOTI: AotiWriter,
+        Target.EXECUTORCH: ExecutorchWriter,
+    }
+    found = writers[target]()
     found.check()
     return found
 
@@ -73,21 +86,14 @@ def writer(target: Target, opset: int | None) -> Writer:
 class OnnxWriter:
     """ONNX through torch's exporter, checked by ONNX Runtime."""
 
-    suffix = ".onnx"
-
-    def __init__(self, opset: int | None):
+    def __init__(self, opset: int | None, calibration: Calibration | None):
         self.opset = opset
+        self.calibration = calibration
 
     def check(self) -> None:
         """See ``Writer``."""
         for name in ("onnx", "onnxscript", "onnxruntime"):
-            try:
-                import_module(name)
-            except ImportError as error:
-                raise ExportError(
-                    f"ONNX files need {name}, which cannot be imported: "
-                    f"pip install 'tokenconv[deploy]'"
-                ) from error
+            need(name, "ONNX files", "deploy")
         most = import_module("onnx").defs.onnx_opset_version()
         if self.opset is not None and not _LEAST_OPSET <= self.opset <= most:
             raise ExportError(
@@ -95,7 +101,7 @@ class OnnxWriter:
                 f"{_LEAST_OPSET} to {most}"
             )
 
-    def write(self, program: ExportedProgram, path: Path) -> None:
+    def write(self, program: ExportedProgram, path: Path) -> QuantizationReport | None:
         """See ``Writer``."""
         import onnx
 
@@ -116,6 +122,10 @@ class OnnxWriter:
         model = onnx.load(path)
         _name_axes(model.graph)
         onnx.save(model, path)
+        report = None
+        if self.calibration is not None:
+            report = quantize_onnx(path, self.calibration)
+            model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
         foreign = {n.domain for n in onnx_nodes(model.graph)} | {f.domain for f in model.functions}
         if foreign := foreign - {"", "ai.onnx"}:
@@ -125,6 +135,7 @@ class OnnxWriter:
             raise ExportError(
                 f"torch cannot write this model in opset {self.opset}, only in {version}"
             )
+        return report
 
     def load(self, path: Path) -> Run:
         """See ``Writer``."""
@@ -197,8 +208,6 @@ def onnx_nodes(graph: Any) -> list[Any]:
 class Pt2Writer:
     """``torch.export``'s own format."""
 
-    suffix = ".pt2"
-
     def check(self) -> None:
         """See ``Writer``."""
 
@@ -215,8 +224,6 @@ class Pt2Writer:
 class AotiWriter:
     """Machine code, for the kind of processor it was made on."""
 
-    suffix = ".pt2"
-
     def check(self) -> None:
         """See ``Writer``."""
 
@@ -228,6 +235,27 @@ class AotiWriter:
         """See ``Writer``."""
         module = torch._inductor.aoti_load_package(str(path))
         return lambda images: flat(module(images))
+
+
+class ExecutorchWriter:
+    """ExecuTorch's format, for phones and boards."""
+
+    def check(self) -> None:
+        """See ``Writer``."""
+        need("executorch.exir", "programs for phones", "phone")
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """See ``Writer``."""
+        xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        lower = import_module("executorch.exir").to_edge_transform_and_lower
+        lowered = lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+
+    def load(self, path: Path) -> Run:
+        """See ``Writer``."""
+        runtime = import_module("executorch.runtime").Runtime.get()
+        method = runtime.load_program(path).load_method("forward")
+        return lambda images: flat(method.execute([images]))
 
 
 def flat(output: Any) -> list[Tensor]:

@@ -16,15 +16,14 @@ def alone_in(out: Path) -> Iterator[None]:
     """Keep other runs out of a folder, and remove what one that was killed left unfinished.
 
     Args:
-        out: Made if missing; goes again where nothing was written.
+        out: Made if missing, with the folders above it; they go again where nothing was written.
 
     Raises:
         MeasurementError: If another run writes there, or nobody can.
     """
     with ExitStack() as held:
         try:
-            if not out.exists():
-                held.callback(_remove_if_empty, out)
+            held.callback(_remove_empty, [f for f in (out, *out.parents) if not f.exists()])
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / ".lock", wait_s=0))
         except TimeoutError as error:
@@ -81,6 +80,7 @@ def _place(staging: Path, out: Path) -> None:
         made.replace(target)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _remove_empty(folders: Sequence[Path]) -> None:
     with suppress(OSError):
-        folder.rmdir()
+        for folder in folders:
+            folder.rmdir()

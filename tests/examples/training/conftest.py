@@ -42,18 +42,26 @@ def train(tmp_path, forget_accelerator):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a script as a process of its own, or as several that train together."""
+    """Starts a script as a process of its own, or as several that train together.
+
+    What a failed test leaves running ends with it.
+    """
+    started = []
 
     def run(script, *words, processes=1, out="run", threads=1):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(together if processes > 1 else []), str(EXAMPLES / script)]
-        return subprocess.Popen(
+        started.append(subprocess.Popen(
             [*command, *words, "--out", str(tmp_path / out)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
+        ))  # fmt: skip
+        return started[-1]
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ BLOCKS: Mapping[str, BlockInfo] = MappingProxyType(
         **SEPARABLE,
     }
 )
+"""Every block by its name; ``create_block`` builds one, ``list_blocks`` finds names."""
 
 
 def create_block(name: str, dim: int, **kwargs: Any) -> nn.Module:

@@ -10,7 +10,10 @@ from tokenconv.profiling.report.markdown import changes_table, sweep_to_markdown
 from tokenconv.profiling.results import Comparison, Point, write_comparison
 from tokenconv.reports.figure import write_figures
 
-__all__ = ["COMPARISON_FILES", "changes_table", "write_report", "write_sweep", "write_views"]
+__all__ = [
+    "COMPARISON_FILES", "changes_table", "draw_comparison", "write_report", "write_sweep",
+    "write_views",
+]  # fmt: skip
 
 
 COMPARISON_FILES = (
@@ -34,8 +37,18 @@ def write_views(comparison: Comparison, folder: Path) -> None:
     """Write what ``write_report`` does, but for ``compare.json``."""
     (folder / "report.md").write_text(to_markdown(comparison), "utf-8")
     (folder / "report.html").write_text(to_html(comparison), "utf-8")
+    draw_comparison(comparison, folder / "compare")
+
+
+def draw_comparison(comparison: Comparison, stem: Path) -> None:
+    """Draw the charts of a comparison as PNG and SVG.
+
+    Args:
+        comparison: What was measured.
+        stem: Where the pictures go, without the ends of their names.
+    """
     rows = [comparison_charts(comparison, mode) for mode in comparison.modes]
-    write_figures(rows, title(comparison.about, [setting(comparison)]), folder / "compare")
+    write_figures(rows, title(comparison.about, [setting(comparison)]), stem)
 
 
 def write_sweep(points: Sequence[Point], folder: Path, about: Mapping[str, str]) -> None:

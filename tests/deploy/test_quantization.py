@@ -1,0 +1,298 @@
+"""Eight bits: which layers get them, how well they agree, and what is refused."""
+
+import copy
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenconv as tc
+from tokenconv.deploy import KeepFloat, QuantizationReport
+from tokenconv.deploy.quantization import Calibration
+from tokenconv.surgery import inserted_modules
+
+from .conftest import shaken
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("torchao")
+
+IMAGES = torch.randn(5, 3, 64, 48, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def folded():
+    """A ViT of two blocks, with a convolution in and beside every MLP."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", depth=2, dynamic_img_size=True, num_classes=7)
+    model = shaken(tc.insert_(model, tc.plan(model, "mix_ffn") + tc.plan(model, "separable_ffn")))
+    tc.fold_(model)
+    return model
+
+
+def off(got, expected):
+    return ((torch.as_tensor(got) - expected).abs().max() / expected.abs().max()).item()
+
+
+def layers(path):
+    """Nodes with weights by kind: the scales of those of eight bits, and how many others."""
+    graph = onnx.load(path).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {one.name: one for one in graph.initializer}
+    eight: dict[str, list[tuple[int, ...]]] = {}
+    others: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        weight, maker = node.input[1], makers.get(node.input[1])
+        if (
+            maker is not None
+            and maker.op_type == "DequantizeLinear"
+            and maker.input[0] in constants
+        ):
+            assert constants[maker.input[0]].data_type == onnx.TensorProto.INT8
+            assert makers[node.input[0]].op_type == "DequantizeLinear"  # its input as well
+            eight.setdefault(node.op_type, []).append((*constants[maker.input[1]].dims,))
+        elif weight in constants:
+            others[node.op_type] = others.get(node.op_type, 0) + 1
+    return eight, others
+
+
+@pytest.fixture(scope="module")
+def exported(folded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8") / "hybrid.onnx"
+    report = tc.export(
+        folded, path, input_size=(3, 64, 48), dynamic=("batch", "hw"), calibration=IMAGES
+    )
+    return path, report
+
+
+def test_every_layer_of_a_file_has_eight_bits_per_channel(folded, exported):
+    path, report = exported
+    eight, others = layers(path)
+    wide = [m for m in folded.modules() if isinstance(m, nn.Linear)]
+    convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
+    convolutions += [m for m in inserted_modules(folded).values() if hasattr(m, "weight")]
+    assert not others
+    assert sum(map(len, eight.values())) == len(report.quantization.layers)
+    assert len(eight["MatMul"]) + len(eight["Gemm"]) >= len(wide)
+    assert all(len(scales) == 1 and scales[0] > 1 for own in eight.values() for scales in own)
+    assert not report.quantization.kept_float
+    assert {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.act.before"} <= {
+        *report.quantization.layers
+    }
+
+
+def test_a_file_of_eight_bits_is_standard_and_open(folded, exported):
+    path, report = exported
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [axis.dim_param for axis in model.graph.input[0].type.tensor_type.shape.dim] == [
+        "batch", "", "16*rows", "16*cols",
+    ]  # fmt: skip
+    session = onnxruntime.InferenceSession(path)
+    images = torch.randn(3, 3, 96, 112, generator=torch.Generator().manual_seed(8))
+    (got,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        assert 1e-4 < off(got, folded(images)) < 0.2
+    assert 1e-4 < report.difference < report.tolerance == 0.2
+    assert "onnx, float32 and int8, " in str(report)
+    assert f"{len(report.quantization.layers)} of" in str(report)
+
+
+def test_layers_that_stay_in_float(folded, tmp_path):
+    path = tmp_path / "a.onnx"
+    options = {"input_size": (3, 64, 48), "calibration": IMAGES}
+    report = tc.export(folded, path, keep_float=["depthwise", "ends"], **options).quantization
+    ends = [name for name, why in report.kept_float.items() if why == "first and last layer"]
+    depthwise = [name for name, why in report.kept_float.items() if why == "depthwise"]
+    assert ends == ["patch_embed.proj", "head"]
+    assert set(depthwise) == {
+        name
+        for name, module in folded.named_modules()
+        if getattr(module, "weight", torch.empty(0)).shape[1:2] == (1,)
+    }
+    eight, others = layers(path)
+    assert "Conv" not in eight
+    assert others == {"Conv": 1 + len(depthwise), "Gemm": 1}
+    assert "  float, depthwise: " in str(report)
+
+
+def test_each_channel_of_a_depthwise_kernel_has_its_own_scale(tmp_path):
+    """One for all of them would round most away."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    sizes = torch.logspace(-4, 0, 8)[:, None, None, None]
+    kernels = torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(3)) * sizes
+    with torch.no_grad():
+        model[0].weight.copy_(kernels)
+    tc.export(model, tmp_path / "a.onnx", input_size=(8, 6, 6), calibration=torch.rand(4, 8, 6, 6))
+    arrays = [
+        onnx.numpy_helper.to_array(one) for one in onnx.load(tmp_path / "a.onnx").graph.initializer
+    ]
+    (rounded,) = [torch.tensor(a) for a in arrays if a.shape == kernels.shape]
+    largest = kernels.abs().amax((1, 2, 3), keepdim=True)
+    assert rounded.dtype == torch.int8
+    assert ((rounded * largest / 127 - kernels).abs() <= largest / 127).all()
+
+
+def test_ranges_are_those_of_all_images(tmp_path):
+    """The last image alone has large values: without it they would be cut off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+    images = torch.rand(11, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[10] *= 50
+    tc.export(model, tmp_path / "a.onnx", input_size=(3, 4, 4), calibration=images)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    (got,) = session.run(None, {"images": images[10:].numpy()})
+    assert off(got, model(images[10:]).detach()) < 0.05
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_fixed_batch(tmp_path, small, batch_size):
+    """Five images fill no batch: the last one begins again."""
+    images = IMAGES[:, :, :8, :12]
+    report = tc.export(
+        small, tmp_path / "a.onnx", input_size=(3, 8, 12), dynamic=(), batch_size=batch_size,
+        calibration=images,
+    )  # fmt: skip
+    assert [one.shape[0] for one in report.checked] == [batch_size]
+
+
+def test_batches_hold_every_image():
+    calibration = Calibration(torch.arange(5.0)[:, None, None, None])
+    assert [b.flatten().tolist() for b in calibration.batches(2)] == [[0, 1], [2, 3], [4, 0]]
+    assert torch.cat([*calibration.batches(None)]).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert calibration.resized((7, 1, 1, 1)).flatten().tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert calibration.resized((1, 1, 4, 6)).shape == (1, 1, 4, 6)
+
+
+class ComputedKernel(nn.Module):
+    """A kernel that is the sum of two, and too large to be summed when the file is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = nn.ParameterList(torch.randn(1024, 3, 16, 16) for _ in range(2))
+        self.head = nn.Linear(1024, 4)
+
+    def forward(self, x):
+        x = nn.functional.conv2d(x, self.kernels[0] + self.kernels[1], stride=16)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_kernel_that_is_computed_stays_in_float(tmp_path):
+    report = tc.export(
+        ComputedKernel(), tmp_path / "a.onnx", input_size=(3, 16, 32),
+        calibration=torch.randn(2, 3, 16, 32),
+    )  # fmt: skip
+    assert report.quantization.layers == ("head",)
+    (why,) = report.quantization.kept_float.values()
+    assert why == "its kernel is computed: fold_ the model first"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "pt2"}, "calibration is for ONNX files, not for pt2: use quantize_ on the model"),
+        ({"calibration": IMAGES[:0]}, r"one or more, got \(0, 3, 64, 48\)"),
+        ({"calibration": IMAGES[0]}, r"expected images \(N, C, H, W\) to calibrate with"),
+        ({"calibration": None, "keep_float": ["ends"]}, "pass calibration as well"),
+        ({"keep_float": "heads"}, "unknown keep_float 'heads': did you mean ends"),
+        ({"calibration": IMAGES[..., :32]}, "expected images of 3 channels and 64x48 pixels"),
+        ({"calibration": IMAGES[:, :1]}, "got 1 channels and 64x48"),
+        ({"calibration": IMAGES.double()}, "got float32 and float64"),
+        ({"dtype": torch.float16}, "models and images in float32, got float16 and float32"),
+        (
+            {"calibration": IMAGES[..., :40], "dynamic": ("hw",)},
+            "3 channels and multiples of 16x16 pixels to calibrate with, got 3 channels and 64x40",
+        ),
+        ({"tolerance": 1e-6}, "the onnx file does not agree with the model on images of 1x3x64x48"),
+    ],
+)
+def test_what_is_refused(folded, tmp_path, options, message):
+    path = tmp_path / ("a.pt2" if options.get("to") == "pt2" else "a.onnx")
+    path.write_bytes(b"an older file")
+    with pytest.raises(tc.TokenConvError, match=message):
+        tc.export(folded, path, **{"input_size": (3, 64, 48), "calibration": IMAGES, **options})
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"an older file"]
+
+
+def test_nothing_to_quantise(tmp_path, small):
+    options = {"input_size": (3, 8, 12), "calibration": IMAGES[:, :, :8, :12]}
+    with pytest.raises(tc.ExportError, match="no layer of this model can be quantised: 0 of 2"):
+        tc.export(small, tmp_path / "a.onnx", keep_float="ends", **options)
+    with pytest.raises(tc.ExportError, match="no layer of this model can be quantised: 0 of 0"):
+        tc.export(nn.Flatten(), tmp_path / "a.onnx", **options)
+    assert not [*tmp_path.iterdir()]
+
+
+# --- torchao ---
+
+
+@pytest.mark.parametrize("how", ["int8_weight_only", "int8_dynamic"])
+def test_linear_layers_in_pytorch(folded, how):
+    model = copy.deepcopy(folded)
+    images = IMAGES[:2]
+    report = tc.quantize_(model, how)
+    linear = {name for name, m in folded.named_modules() if isinstance(m, nn.Linear)}
+    assert {*report.layers} == linear
+    for name, module in model.named_modules():
+        is_plain = type(getattr(module, "weight", torch.empty(0)).data) is torch.Tensor
+        assert is_plain == (name not in linear)
+    assert report.kept_float["patch_embed.proj"] == "torchao quantises linear layers alone"
+    assert str(report).startswith(f"{len(linear)} of {len(linear) + len(report.kept_float)} layers")
+    with torch.no_grad():
+        assert 1e-4 < off(model(images), folded(images)) < 0.1
+
+
+def test_ends_stay_in_float_in_pytorch():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    report = tc.quantize_(model, keep_float=KeepFloat.ENDS)
+    assert report == QuantizationReport(("1",), dict.fromkeys("02", "first and last layer"))
+    with pytest.raises(tc.ExportError, match=r"no linear layer of floats.*quantised before"):
+        tc.quantize_(model, keep_float="ends")
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 5)
+    ).eval()
+
+
+@pytest.mark.parametrize("how", ["int8_weight_only", "int8_dynamic"])
+@pytest.mark.parametrize(
+    "which", ["linear", pytest.param("folded", marks=pytest.mark.slow)], ids=["linear", "vit"]
+)
+def test_quantised_models_are_exported(request, tmp_path, how, which):
+    """The file equals the quantised model, and holds its integers."""
+    model = copy.deepcopy(request.getfixturevalue(which))
+    size = (3, 64, 48) if which == "folded" else (3, 8, 12)
+    layers = tc.quantize_(model, how).layers
+    report = tc.export(model, tmp_path / "a.pt2", to="pt2", input_size=size)
+    assert report.difference < 1e-4
+    tensors = torch.export.load(tmp_path / "a.pt2").state_dict.values()
+    weights = [t for t in tensors if t.dtype == torch.int8 and t.ndim == 2 and min(t.shape) > 1]
+    assert len(weights) == len(layers)
+
+
+def test_integers_that_onnx_does_not_multiply(linear, tmp_path):
+    tc.quantize_(linear, "int8_dynamic")
+    with pytest.raises(tc.ExportError, match=r"torch cannot write this model as onnx: .*_int_mm"):
+        tc.export(linear, tmp_path / "a.onnx", input_size=(3, 8, 12))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_torchao_that_is_refused(monkeypatch, small):
+    with pytest.raises(tc.UnknownNameError, match="unknown quantization 'int4'"):
+        tc.quantize_(small, "int4")
+    with pytest.raises(
+        tc.ExportError, match="no linear layer of floats to quantise: it has no lay"
+    ):
+        tc.quantize_(nn.Flatten())
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(tc.ExportError, match=r"need torchao.*pip install 'tokenconv\[deploy\]'"):
+        tc.quantize_(small)
