@@ -62,7 +62,8 @@ def test_nothing_that_is_read_can_run_code(room):
     [
         "eval(text)", "pickle.load(file)", "torch.load(path)", "load_checkpoint(model, path)",
         "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)",
-        "subprocess.run(text, shell=True)", "subprocess.run(['sh', text])", "archive.extractall(folder)",
+        "subprocess.run(text, shell=True)", "subprocess.run(['sh', text])",
+        "archive.extractall(folder)",
     ],
 )  # fmt: skip
 def test_it_would_be_found(tmp_path, monkeypatch, code):
