@@ -31,7 +31,7 @@ from torchvision.utils import make_grid
 from training.data import make_data
 from training.engine import Training, make_accelerator
 from training.errors import TrainingError, told_in_one_line
-from training.loading import read_picture
+from training.loading import pictures_in, read_picture
 from training.settings import Settings
 
 import tokenconv as tc
@@ -192,9 +192,7 @@ def read_photos(data: Path | None, split: str, size: int) -> list[Image.Image]:
         names = PHOTOS[split]
         photos = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names]
     else:
-        known = Image.registered_extensions()
-        found = (data / split).iterdir() if (data / split).is_dir() else ()
-        paths = sorted(path for path in found if path.suffix.lower() in known)
+        paths = pictures_in(data / split)
         names = tuple(map(str, paths))
         photos = [read_picture(path, path, "RGB") for path in paths]
     if not photos:

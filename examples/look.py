@@ -20,7 +20,7 @@ from training.errors import told_in_one_line
 
 from tokenconv.analysis import Fields, analyze
 from tokenconv.analysis.report import ANALYSIS_FILES, write_analysis
-from tokenconv.reports import report_folder
+from tokenconv.reports import alone_in, report_folder
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "weights": f"trained, {last}",
         "command": shlex.join(["python", "examples/look.py", *(words or sys.argv[1:])]),
     }
-    with report_folder(args.out, instead_of=ANALYSIS_FILES) as folder:
+    with alone_in(args.out), report_folder(args.out, instead_of=ANALYSIS_FILES) as folder:
         write_analysis(found, folder, about, fields)
     print(f"\nreport: {args.out / 'report.html'}")
 

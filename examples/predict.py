@@ -26,7 +26,7 @@ from training.checkpoints import last
 from training.errors import TrainingError, told_in_one_line
 from training.heads import slide
 from training.hybrids import backbone_of, create_model
-from training.loading import read_picture
+from training.loading import pictures_in, read_picture
 
 import tokenconv as tc
 
@@ -43,8 +43,18 @@ def load_run(folder: Path) -> tuple[nn.Module, argparse.Namespace]:
     """
     try:
         args = argparse.Namespace(**json.loads((folder / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TrainingError(f"{folder} holds no run: {error}") from error
+    try:
+        return _model_of(folder, args), args
+    except (TrainingError, tc.TokenConvError):
+        raise
+    except Exception as error:  # whatever settings of no run make torch raise
+        raise TrainingError(f"{folder} holds no run that can be used: {error!r}") from error
+
+
+def _model_of(folder: Path, args: argparse.Namespace) -> nn.Module:
+    """The model that a run has told of, with the weights that it has kept."""
     task = vars(args).get("task")
     if task not in ("classification", "segmentation"):
         raise TrainingError(f"{folder} is a run for {task}, not for classification or segmentation")
@@ -66,7 +76,7 @@ def load_run(folder: Path) -> tuple[nn.Module, argparse.Namespace]:
             model.load_state_dict(load_file(head), strict=False)
     else:
         model.load_state_dict(load_file(weights / "model.safetensors"))
-    return model.eval(), args
+    return model.eval()
 
 
 def pictures(paths: Iterable[Path]) -> list[Path]:
@@ -75,13 +85,7 @@ def pictures(paths: Iterable[Path]) -> list[Path]:
     Raises:
         TrainingError: If there is none.
     """
-    known = Image.registered_extensions()
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(one for one in path.iterdir() if one.suffix.lower() in known)
-        else:
-            found.append(path)
+    found = [one for path in paths for one in (pictures_in(path) if path.is_dir() else [path])]
     if not found:
         raise TrainingError(f"no pictures in {', '.join(map(str, paths))}")
     return found

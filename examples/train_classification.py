@@ -6,9 +6,9 @@ python examples/train_classification.py --data path/to/folder --model pvt_v2_b0 
 accelerate launch examples/train_classification.py --insert mix_ffn --precision bf16
 
 Without --data it learns which digit is the largest in scenes of handwritten digits that ship with
-scikit-learn (training/digits.py). --data is a folder with {train,val}/CLASS/*.jpg, a name that
-timm.data reads (such as hfds/NAME, for Hugging Face datasets) or the shards of a WebDataset:
-"/data/{split}-*.tar" (training/streams.py). tensorboard --logdir runs shows curves and pictures.
+scikit-learn (training/digits.py). --data is a folder with {train,val}/CLASS/*.jpg, a data set
+of Hugging Face (hfds/NAME) or the shards of a WebDataset: "/data/{split}-*.tar"
+(training/streams.py). tensorboard --logdir runs shows curves and pictures.
 """
 
 import argparse
@@ -139,6 +139,11 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:
         train, val = open_shards(args, args.splits, is_mask=False)
         return train, val, tuple(map(str, range(args.num_classes)))
     is_folder = Path(args.data).is_dir()
+    if not is_folder and not args.data.lower().startswith("hfds/"):
+        raise TrainingError(
+            f"--data {args.data} is no folder; expected one, shards that end in .tar, or hfds/NAME "
+            f"for a data set of Hugging Face"
+        )
     name, root = ("", args.data) if is_folder else (args.data, args.data_root)
     roots = [_split_folder(root, split) if is_folder else root for split in args.splits]
     train, val = (

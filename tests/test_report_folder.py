@@ -6,7 +6,7 @@ import pytest
 
 from tokenconv import MeasurementError
 from tokenconv.profiling import COMPARISON_FILES
-from tokenconv.reports import report_folder
+from tokenconv.reports import alone_in, report_folder
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -111,4 +111,50 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path, where
     ):
         entered = True
     assert not entered
+    assert snapshot(tmp_path) == {"file": "mine"}
+
+
+# --- alone in it ---
+
+
+def enter(out: Path) -> None:
+    with alone_in(out):
+        pass
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path):
+    out = tmp_path / "deep" / "report"
+    with alone_in(out):
+        with pytest.raises(MeasurementError, match=r"another run is writing to .*report: wait"):
+            enter(out)
+        with report_folder(out) as staging:
+            fill(staging)
+    enter(out)
+    assert "compare.json" in snapshot(out)
+    assert not list(out.glob(".*"))
+
+
+def test_a_folder_that_nothing_came_into_goes_again(tmp_path: Path):
+    enter(tmp_path / "deep" / "new")
+    assert snapshot(tmp_path) == {}
+    (tmp_path / "mine").mkdir()
+    enter(tmp_path / "mine")
+    assert snapshot(tmp_path) == {"mine": "(folder)"}
+
+
+def test_what_a_killed_run_left_unfinished_goes(tmp_path: Path):
+    out = old_report(tmp_path)
+    before = snapshot(tmp_path)
+    fill_unfinished = out / ".report-unfinished"
+    fill_unfinished.mkdir()
+    fill(fill_unfinished)
+    enter(out)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("where", ["file", "file/report"])
+def test_nobody_is_alone_where_nobody_can_write(tmp_path: Path, where: str):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MeasurementError, match=r"cannot write a report to .*file"):
+        enter(tmp_path / where)
     assert snapshot(tmp_path) == {"file": "mine"}

@@ -6,7 +6,7 @@ of the base, and every keyword argument of the base works.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
@@ -107,7 +107,9 @@ def _is_hybrid(cfg: PretrainedCfg) -> bool:
     """Whether pretrained weights are those of a hybrid, and not of its base."""
     if cfg.source in ("local-dir", "hf-hub"):  # saved together with the name of the hybrid
         return True
-    keys = cfg.state_dict or (load_state_dict(cfg.file) if cfg.file and not cfg.custom_load else ())
+    keys: Iterable[str] = cfg.state_dict or ()
+    if not keys and cfg.file and not cfg.custom_load:
+        keys = load_state_dict(cfg.file, weights_only=True)  # older timm's default is False
     return any(set(CHILDREN.values()) & set(key.split(".")) for key in keys)
 
 

@@ -4,13 +4,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -19,8 +21,37 @@ from tokenconv.surgery import inserted_modules
 from training.errors import ResumeError, TrainingError
 from training.hybrids import backbone_of, head_state
 
+_PROGRESS, _AVERAGE = "progress.json", "average.safetensors"
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder of a run.
+
+    Raises:
+        TrainingError: If another run trains in it, or it cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # What loads the data of a run that was killed ends some seconds later.
+            held.enter_context(FileLock(folder / ".lock", timeout=10))
+        except Timeout as error:
+            raise TrainingError(
+                f"another run trains in {folder}: wait for it, or take another --out"
+            ) from error
+        except OSError as error:
+            raise TrainingError(f"cannot write to {folder}: {error}") from error
+        yield
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    progress: Mapping[str, Any],
+    average: nn.Module | None,
+) -> None:
     """Keep everything that the run needs to go on: weights as safetensors, optimizer, generators.
 
     All processes call it. A run that is killed while it is written has the one before; the last two
@@ -30,6 +61,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
         accelerator: Has prepared model, optimizer and scheduler.
         folder: Of all checkpoints.
         step: Names this one.
+        progress: Where the run is, ready for JSON.
+        average: Of the weights, if there is one.
 
     Raises:
         TrainingError: If it cannot be written; what was there is as it was.
@@ -43,6 +76,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
         accelerator.save_state(str(staging))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            # Accelerate would pickle what is registered with it.
+            (staging / _PROGRESS).write_text(json.dumps(progress))
+            if average is not None:
+                save_model(average, str(staging / _AVERAGE))
             _publish(staging, folder / f"step-{step:08d}", kept=2)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises what is no OSError
         shutil.rmtree(staging, ignore_errors=True)  # or a full disk would stay full
@@ -51,6 +88,34 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
             f"{last(folder) or 'none'} is the last one"
         ) from error
     accelerator.wait_for_everyone()
+
+
+def load_state(
+    accelerator: Accelerator, checkpoint: Path, average: nn.Module | None
+) -> dict[str, Any]:
+    """Go on from a checkpoint; nothing in it can run code.
+
+    Args:
+        accelerator: Has prepared model, optimizer and scheduler.
+        checkpoint: What ``save_checkpoint`` has kept.
+        average: Of the weights, if there is one.
+
+    Returns:
+        Where the run was.
+
+    Raises:
+        ResumeError: If it cannot be read, or is of another run.
+    """
+    try:
+        progress = json.loads((checkpoint / _PROGRESS).read_text())
+        accelerator.load_state(str(checkpoint))
+        if average is not None:
+            load_model(average, checkpoint / _AVERAGE)
+    except Exception as error:  # torch, safetensors and json each have their own
+        raise ResumeError(
+            f"cannot resume from {checkpoint}: {error}: remove it to go on from the one before"
+        ) from error
+    return progress
 
 
 def save_weights(model: nn.Module, folder: Path, epoch: int) -> None:
@@ -111,20 +176,23 @@ def _publish(staging: Path, target: Path, kept: int) -> None:
 
 def write_json(content: Any, path: Path) -> None:
     """Write a file whole, or not at all."""
-    staging = path.with_name(f".{path.name}")
-    try:
+    with _written(path) as staging:
         staging.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        _to_disk(staging)
-        staging.replace(path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error}") from error
 
 
 def write_picture(picture: Tensor, path: Path) -> None:
     """Write a picture ``(3, H, W)`` in 0 to 1 whole, or not at all."""
+    with _written(path) as staging:
+        save_image(picture, staging)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A place to write, which takes the file's once it is on the disk."""
     staging = path.with_name(f".{path.name}")
     try:
-        save_image(picture, staging)
+        staging.unlink(missing_ok=True)  # a link would be followed
+        yield staging
         _to_disk(staging)
         staging.replace(path)
     except OSError as error:

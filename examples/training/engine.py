@@ -5,7 +5,7 @@ import math
 import re
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -27,15 +27,17 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from training.checkpoints import (
+    alone_in,
     check_same,
     last,
+    load_state,
     save_checkpoint,
     save_weights,
     write_json,
     write_picture,
 )
 from training.data import Data
-from training.errors import ResumeError, TrainingError
+from training.errors import TrainingError
 from training.hybrids import backbone_of, param_groups
 from training.settings import Settings
 
@@ -72,7 +74,7 @@ class Task(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run is; part of its checkpoints."""
+    """Where a run is; part of its checkpoints, as JSON."""
 
     epoch: int = 0
     """Epochs whose steps are done."""
@@ -80,14 +82,6 @@ class Progress:
     """Optimizer steps of the run."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Of every epoch that was judged: all, or all but the last."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """For Accelerate."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """For Accelerate."""
-        vars(self).update(state)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -98,7 +92,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            state_dict_type="SHARDED_STATE_DICT",
+            state_dict_type="FULL_STATE_DICT",  # sharded ones are read with pickle
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
@@ -179,9 +173,6 @@ class Training:
         prepare = accelerator.prepare_data_loader
         self.is_stream = data.is_stream
         self.train_loader = data.train if data.is_stream else prepare(data.train)
-        accelerator.register_for_checkpointing(self.progress)
-        if self.average is not None:
-            accelerator.register_for_checkpointing(self.average)
         self._terminated = self._stopping = False
         self._saved = 0  # step of the last checkpoint
 
@@ -195,14 +186,15 @@ class Training:
             TrainingError: If the loss is not finite any more.
             ResumeError: If the run in the folder has other settings.
         """
-        self._begin()
-        with self._termination():
-            while not self.finished and not self._stopping:
-                if len(self.progress.history) == self.progress.epoch:
-                    self._train_epoch()
-                if len(self.progress.history) < self.progress.epoch:
-                    self._judge_epoch()
-        self.accelerator.end_training()
+        with alone_in(self.settings.out) if self.accelerator.is_main_process else nullcontext():
+            self._begin()
+            with self._termination():
+                while not self.finished and not self._stopping:
+                    if len(self.progress.history) == self.progress.epoch:
+                        self._train_epoch()
+                    if len(self.progress.history) < self.progress.epoch:
+                        self._judge_epoch()
+            self.accelerator.end_training()
         if not self.finished:
             self.accelerator.print(
                 f"stopped at step {self.progress.step} of {self.steps}: go on with --resume auto"
@@ -375,18 +367,9 @@ class Training:
             )
         if there is not None:
             check_same(self.told, out / "settings.json", self.settings.may_change())
-            try:
-                self.accelerator.load_state(str(there))
-            except Exception as error:  # torch, safetensors and pickle each have their own
-                raise ResumeError(
-                    f"cannot resume from {there}: {error}: remove it to go on from the one before"
-                ) from error
+            self.progress = Progress(**load_state(self.accelerator, there, self.average))
             self.accelerator.print(f"going on from step {self.progress.step} of {self.steps}")
         elif self.accelerator.is_main_process:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise TrainingError(f"cannot write to {out}: {error}") from error
             write_json(self.told, out / "settings.json")
         self.accelerator.wait_for_everyone()
         self._saved = self.progress.step
@@ -397,7 +380,13 @@ class Training:
         if losses:  # not logged yet, so not known to be finite
             self._log(losses)
         self._check_weights()
-        save_checkpoint(self.accelerator, self.settings.out / "checkpoints", self.progress.step)
+        save_checkpoint(
+            self.accelerator,
+            self.settings.out / "checkpoints",
+            self.progress.step,
+            asdict(self.progress),
+            self.average,
+        )
         self._saved = self.progress.step
 
     def _check_weights(self) -> None:

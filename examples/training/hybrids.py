@@ -6,11 +6,12 @@ from functools import reduce
 from itertools import count
 from operator import add
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.models import register_model
+from timm.models import load_state_dict, register_model
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -98,14 +99,37 @@ def register_hybrid(args: argparse.Namespace) -> str:
 
 
 def _plain(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    if args.base is not None and not Path(args.base).is_file():
-        raise TrainingError(f"--base {args.base} is no file")
+    if args.base is not None:
+        _check_weights(args.base)
+    if taken := {name for name, _ in args.model_arg} & _WEIGHTS:
+        raise TrainingError(f"--model-arg {min(taken)} is not taken: weights come from --base FILE")
     if not 0 <= args.drop_path < 1:
         raise TrainingError(f"expected --drop-path from 0 to below 1, got {args.drop_path}")
     try:
         return timm.create_model(args.model, num_classes=num_classes, **_arguments(args))
     except (TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise TrainingError(f"timm cannot make {args.model}: {error}") from error
+
+
+_WEIGHTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Other ways to have timm read a file, which older versions unpickle."""
+
+
+def _check_weights(path: str) -> None:
+    """Read a file of weights in a way that runs none of it, since older timm does not.
+
+    Raises:
+        TrainingError: If it cannot be read so.
+    """
+    if not Path(path).is_file():
+        raise TrainingError(f"--base {path} is no file")
+    if path.endswith((".npy", ".npz")):
+        return  # numpy's, which timm reads without pickle
+    try:
+        load_state_dict(path, weights_only=True)
+    except Exception as error:  # whatever the file makes torch or safetensors raise
+        why = shorten(str(error), 300, placeholder=" ...")
+        raise TrainingError(f"--base {path} holds no weights: {why}") from error
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +160,7 @@ def planned(model: nn.Module, args: argparse.Namespace) -> tc.Plan | None:
         except tc.SurgeryError:  # it has no convolutions in its MLPs
             return None
     plans = [
-        tc.Plan.from_json(Path(wanted).read_text())
+        tc.Plan.from_json(Path(wanted).read_text(errors="replace"))
         if wanted.endswith(".json")
         else tc.plan(model, wanted, **size)
         for wanted in args.insert
@@ -206,5 +230,5 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # ast's, of what is no literal
         return name, value

@@ -14,21 +14,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.errors import TrainingError
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of pictures, whatever their names end in: Pillow would run Ghostscript for others."""
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files that may be pictures, by name; none where there is no folder."""
+    known = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.suffix.lower() in known and path.is_file())
+
 
 def read_picture(source: Any, name: object, mode: str | None) -> Image.Image:
     """A picture: of a path, of an open file, which is closed then, or one that is there already.
 
     Raises:
-        TrainingError: If it cannot be read to its end.
+        TrainingError: If it is of no known format, cannot be read to its end, or is so large that
+            it may be made to fill the memory.
     """
     try:
         if isinstance(source, Image.Image):
             return source if mode is None else source.convert(mode)
         with Path(source).open("rb") if isinstance(source, str | Path) else source as file:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
             image.load()
         return image if mode is None else image.convert(mode)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingError(f"cannot read {name}: {error}") from error
 
 

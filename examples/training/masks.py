@@ -6,7 +6,7 @@ ROOT/annotations/{training,validation}        ADE20K (ADEChallengeData2016)
 ROOT/SegmentationClass                        Pascal VOC (VOCdevkit/VOC2012)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,10 +146,19 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 def _pet(root: Path, split: str) -> Iterable[Pair]:
     names = {"train": "trainval", "val": "test"}
-    for line in (root / "annotations" / f"{names[split]}.txt").read_text().splitlines():
-        name = line.split()[0]
+    for name in _listed(root / "annotations" / f"{names[split]}.txt"):
         trimap = root / "annotations" / "trimaps" / f"{name}.png"
         yield Pair(root / "images" / f"{name}.jpg", trimap)
+
+
+def _listed(path: Path) -> Iterator[str]:
+    """Names at the beginning of lines, which lead out of no folder."""
+    for line in path.read_text().splitlines():
+        if line.strip():
+            name = line.split()[0]
+            if Path(name).name != name:
+                raise TrainingError(f"{path} lists {name}; expected names without a folder")
+            yield name
 
 
 def _ade20k(root: Path, split: str) -> Iterable[Pair]:
@@ -159,7 +168,7 @@ def _ade20k(root: Path, split: str) -> Iterable[Pair]:
 
 
 def _voc(root: Path, split: str) -> Iterable[Pair]:
-    for name in (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split():
+    for name in _listed(root / "ImageSets" / "Segmentation" / f"{split}.txt"):
         mask = root / "SegmentationClass" / f"{name}.png"
         yield Pair(root / "JPEGImages" / f"{name}.jpg", mask)
 

@@ -9,12 +9,14 @@ A sample is a picture (``.jpg``, ``.jpeg``, ``.png`` or ``.webp``) with a ``.cls
 import argparse
 import io
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
+from webdataset import utils as webdataset_utils
 from webdataset.compat import WebDataset
 from webdataset.shardlists import expand_urls, split_by_node
 from webdataset.utils import pytorch_worker_info
@@ -22,6 +24,8 @@ from webdataset.utils import pytorch_worker_info
 from training.errors import TrainingError
 from training.loading import read_picture, seeded
 
+# Or a name that begins with "pipe:" would run a shell.
+webdataset_utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]
 _PICTURES = "jpg;jpeg;png;webp"
 _SHUFFLED = 1000
 """Samples that are held to be given in random order."""
@@ -37,10 +41,15 @@ class Shards:
         samples: Of an epoch; only for what is trained on.
 
     Raises:
-        TrainingError: If the pattern does not say where the split's name stands, or names nothing.
+        TrainingError: If the pattern does not say where the split's name stands, names nothing, or
+            is a command.
     """
 
     def __init__(self, pattern: str, split: str, *, is_mask: bool, samples: int = 0):
+        if pattern.startswith("pipe:"):
+            raise TrainingError(
+                f"shards are files or addresses, not what a command gives: {pattern}"
+            )
         if "{split}" not in pattern:
             raise TrainingError(f"expected {{split}} in the pattern of the shards, got {pattern}")
         named = pattern.replace("{split}", split)
@@ -69,12 +78,15 @@ class Shards:
         if rng is not None:
             found = found.repeat().shuffle(_SHUFFLED, rng=rng)
         target = "mask.png" if self.is_mask else "cls"
-        for key, picture, value in found.to_tuple("__key__", _PICTURES, target):
-            image = read_picture(io.BytesIO(picture), key, "RGB")
-            if self.is_mask:
-                yield image, read_picture(io.BytesIO(value), f"{key}.mask.png", None)
-            else:
-                yield image, _class_of(value, key)
+        try:
+            for key, picture, value in found.to_tuple("__key__", _PICTURES, target):
+                image = read_picture(io.BytesIO(picture), key, "RGB")
+                if self.is_mask:
+                    yield image, read_picture(io.BytesIO(value), f"{key}.mask.png", None)
+                else:
+                    yield image, _class_of(value, key)
+        except (tarfile.TarError, ValueError, KeyError) as error:  # what a shard lacks
+            raise TrainingError(f"cannot read the shards {names[0]}, ...: {error}") from error
 
 
 def open_shards(args: argparse.Namespace, splits: Sequence[str], *, is_mask: bool) -> list[Shards]:

@@ -1,5 +1,6 @@
 """Whatever is asked for in vain: one clear line, an exit status, and nothing left behind."""
 
+import os
 import struct
 import sys
 import zlib
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from tokenconv.cli import commands, main
+from tokenconv.locks import locked
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,9 @@ def test_pretrained_weights_that_cannot_be_had(line: CommandLine, monkeypatch: p
         (("compare", "test_vit", *MIX, "--repeats", "-1"), "expected a positive integer, got -1"),
         (("compare", "test_vit", *MIX, "--batch-size", "x"), "expected a positive integer, got x"),
         (("plan", "test_vit", *MIX, "--img-size", "0"), "expected a positive integer, got 0"),
+        (("compare", "test_vit", *MIX, "--batch-size", "9" * 10), "at most nine digits, got 9999"),
+        (("cost", "test_vit", "--sites", "a{99999999999}"), "repetition number is too large"),
+        (("cost", "test_vit", "--sites", "(" * 5000), "is no regular expression"),
         (("compare", "test_vit", *MIX, "--dtype", "int8"), "invalid choice: 'int8'"),
         (("compare", "test_vit", *MIX, "--mode", "sleep"), "invalid choice: 'sleep'"),
         (("compare", "test_vit"), "the following arguments are required: --block"),
@@ -213,6 +218,16 @@ def test_output_that_cannot_be_written_is_told_before_a_model_is_made(
     assert (line.folder / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("words", [("compare", "test_vit", *MIX), ("analyze", "test_vit")])
+def test_a_folder_that_another_run_writes_to(line: CommandLine, words: tuple[str, ...]):
+    report = line.folder / "report"
+    report.mkdir()
+    with locked(report / ".lock"):
+        message = line.error(*words, "--out", str(report))
+    assert message == f"another run is writing to {report}: wait for it, or take another --out"
+    line.error(words[0], "resnet18", *words[2:], "--img-size", "1", "2", "3", "--out", str(report))
+
+
 # --- images ---
 
 
@@ -239,6 +254,32 @@ def test_a_folder_without_images(line: CommandLine, names: list[str]):
         (images / name).write_bytes(b"")
     message = refused_images(line, images)
     assert message.startswith(f"{images} holds no photographs (.bmp, .jpeg, .jpg, .png")
+
+
+def test_a_pipe_is_not_waited_for(line: CommandLine):
+    images = line.folder / "images"
+    images.mkdir()
+    os.mkfifo(images / "photograph.png")
+    assert f"{images} holds no photographs" in refused_images(line, images)
+
+
+def test_other_programs_are_not_run_for_a_picture(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch
+):
+    """Pillow hands PostScript to Ghostscript, whatever its name ends in."""
+
+    def run(*args: Any, **kwargs: Any):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    images = line.folder / "images"
+    images.mkdir()
+    Image.new("RGB", (32, 32)).save(images / "photograph.png", "EPS")
+    assert "cannot identify image file" in refused_images(line, images)
+
+
+def test_more_images_than_there_is_memory_for_are_told_at_once(line: CommandLine):
+    assert "allocate" in line.compare("test_vit", *MIX, "--batch-size", "999999999")
 
 
 def png() -> bytes:

@@ -165,16 +165,17 @@ def test_a_point_of_another_machine_is_measured_again(
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, measured: list[tuple[int, ...]]):
-    (tmp_path / "points" / ".img-size=32-unfinished").mkdir(parents=True)
+    unfinished = tmp_path / "points" / "img-size=32" / ".img-size=32-unfinished"
+    unfinished.mkdir(parents=True)
     (tmp_path / "points" / ".DS_Store").touch()
     with FileLock(tmp_path / ".lock"):
         status, _, err = run(f"{FAST} --sweep img-size=32", tmp_path)
     assert status == 1
-    assert "another sweep is running in" in err
-    assert (tmp_path / "points" / ".img-size=32-unfinished").is_dir(), "it may be the other's"
+    assert "another run is writing to" in err
+    assert unfinished.is_dir(), "it may be the other's"
     assert measured == []
     assert run(f"{FAST} --sweep img-size=32", tmp_path)[0] == 0
-    assert not (tmp_path / "points" / ".img-size=32-unfinished").exists()
+    assert not unfinished.exists()
     assert (tmp_path / "points" / ".DS_Store").exists()
 
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import timm
@@ -594,6 +596,43 @@ def test_an_error_of_the_disk_keeps_the_old_hybrid(base, twins, folder, monkeypa
     assert is_which(base, folder, twins) == 0
 
 
+def write_often(files, writer, rounds):
+    for count in range(rounds):
+        tensors = {"x": torch.full((1000,), writer + count / 100)}
+        form = {"x": "1000 float32"}
+        storage.write(
+            files, storage.Manifest(architecture=None, plan={}, tensors=form, base={}), tensors
+        )
+
+
+def test_those_who_save_at_the_same_time_never_mix(tmp_path):
+    files = checkpoint._files(tmp_path)
+    write_often(files, 9, 1)
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write_often, files, writer, 15) for writer in range(3)]
+        read = 0
+        while not all(writer.done() for writer in writers):
+            _, tensors = storage.read(files)  # fails on values that are another one's
+            assert tensors["x"].unique().numel() == 1
+            read += 1
+        for writer in writers:
+            writer.result()
+    assert read > 1
+    assert storage.read(files)[1]["x"][0] % 1 == pytest.approx(0.14)  # the last of one of them
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["delta.safetensors", "plan.json"]
+
+
+@pytest.mark.parametrize("name", ["plan.json.new", "delta.safetensors.new", ".plan.json.lock"])
+def test_a_link_that_came_with_a_folder_is_not_written_through(hybrid, folder, tmp_path, name):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (folder / name).symlink_to(mine)
+    with suppress(OSError):  # the lock is no file: nothing is saved then
+        save(hybrid, folder)
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["plan.json", "delta.safetensors"])
 def test_files_of_others_are_not_overwritten(hybrid, tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -652,3 +691,27 @@ def test_a_killed_process_leaves_a_whole_hybrid(base, tmp_path):
         assert len(values) == 1, number
         (value,) = values
         assert value == pytest.approx(last / 1000) or value == pytest.approx((last + 1) / 1000)
+
+
+@pytest.mark.slow
+def test_processes_that_save_to_one_folder_leave_a_whole_hybrid_at_any_moment(base, tmp_path):
+    tests, folder = str(storage.Path(__file__).parent), tmp_path / "h"
+    command = [sys.executable, "-c", SAVES_FOR_EVER, str(folder), tests]
+    writers = [
+        subprocess.Popen([*command, side], stdout=subprocess.PIPE, text=True) for side in "35"
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline()
+        seen = set()
+        for _ in range(30):
+            model = load_(copy.deepcopy(base), folder)
+            assert len({p.unique().item() for p in model.parameters()}) == 1  # of one writer
+            seen.add(insertion_of(model).plan.edits[0].kwargs["kernel_size"])
+        assert seen == {3, 5}
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    load_(base, folder)

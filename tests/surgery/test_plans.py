@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import timm
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 import tokenconv as tc
+from tokenconv.surgery.edits import insertion_of
 
 
 def test_a_plan_shows_every_site_and_changes_nothing(case, inserted_parameters):
@@ -193,3 +195,26 @@ def test_the_reason_is_that_of_the_same_block(vit):
     with pytest.raises(tc.SurgeryError) as raised:
         tc.insert_(twelve, tc.Plan.from_json(text))
     assert "blocks.10.mlp.act (before_act): which this model does not have" in str(raised.value)
+
+
+def test_numbers_of_another_kind_do_not_come_into_the_model(vit):
+    content = json.loads(tc.plan(vit, "peg", blocks=0).to_json())
+    content["edits"][0]["place"].update(num_prefix_tokens=1.0, halvings=False)
+    tc.insert_(vit, tc.Plan.from_json(json.dumps(content)))
+    place = insertion_of(vit).plan.edits[0].place
+    assert (type(place.num_prefix_tokens), type(place.halvings)) == (int, int)
+
+
+@pytest.mark.parametrize(
+    ("block", "arguments"),
+    [("conv_glu", {"mlp_ratio": float("inf")}), ("mona", {"width": 2**31})],
+)
+def test_arguments_beyond_all_measure_are_refused(vit, block, arguments):
+    with pytest.raises(tc.SurgeryError, match=f"{block} at .* does not take these arguments"):
+        tc.plan(vit, block, **arguments)
+
+
+@pytest.mark.parametrize("blocks", ["(", "a{99999999999}", "(" * 5000 + ")" * 5000])
+def test_what_is_no_regular_expression_is_told(vit, blocks):
+    with pytest.raises(tc.SurgeryError, match="is no regular expression"):
+        tc.plan(vit, "mix_ffn", blocks=blocks)

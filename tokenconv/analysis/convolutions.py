@@ -1,6 +1,5 @@
 """Which convolutions of a model can be taken apart, and why others cannot."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokenconv.errors import AnalysisError, UnknownNameError
+from tokenconv.patterns import compiled
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def _chosen(layers: str | Sequence[str] | None, names: list[str]) -> list[str]:
                 raise UnknownNameError("dense convolution", name, names)
         return [name for name in names if name in layers]
     try:
-        chosen = [name for name in names if re.search(layers, name)]
-    except re.error as error:
-        raise AnalysisError(f"{layers!r} is no regular expression: {error}") from error
+        pattern = compiled(layers)
+    except ValueError as error:
+        raise AnalysisError(str(error)) from error
+    chosen = [name for name in names if pattern.search(name)]
     if not chosen:
         raise UnknownNameError("dense convolution", layers, names)
     return chosen

@@ -14,13 +14,13 @@ from tokenconv.analysis import Fields, analyze
 from tokenconv.analysis.report import ANALYSIS_FILES, write_analysis
 from tokenconv.cli.inputs import build_model, image_size, load_images
 from tokenconv.errors import CheckpointError
-from tokenconv.reports import report_folder
+from tokenconv.reports import alone_in, report_folder
 from tokenconv.surgery import load_
 
 
 def run_analyze(args: argparse.Namespace) -> None:
     """Print what a model's kernels are, and write the report of it."""
-    with report_folder(args.out, instead_of=ANALYSIS_FILES) as folder:
+    with alone_in(args.out), report_folder(args.out, instead_of=ANALYSIS_FILES) as folder:
         size = image_size(args.img_size)
         model = build_model(
             args.model, size, num_classes=args.num_classes, pretrained=args.pretrained
@@ -52,7 +52,7 @@ def _load(model: nn.Module, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise CheckpointError(f"--checkpoint {checkpoint} is no file")
     try:
-        load_checkpoint(model, str(checkpoint))
+        load_checkpoint(model, str(checkpoint), weights_only=True)  # older timm's default is False
     except Exception as error:  # whatever the file made torch raise
         why = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise CheckpointError(f"--checkpoint {checkpoint} does not fit: {why}") from error

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from tokenconv.profiling import (
     write_comparison,
     write_views,
 )
-from tokenconv.reports import report_folder
+from tokenconv.reports import alone_in, report_folder
 from tokenconv.surgery import plan
 from tokenconv.surgery.support import format_matrix
 
@@ -111,51 +112,57 @@ def measure(args: argparse.Namespace) -> Comparison:
     What was measured is printed and kept before anything is drawn, so that it is not lost where
     that fails.
     """
+    with alone_in(args.out):
+        with report_folder(args.out, instead_of=COMPARISON_FILES) as folder:
+            comparison = _compare(args, folder / "traces" if args.trace else None)
+            print(comparison)
+            write_comparison(comparison, folder / "compare.json")
+        with report_folder(args.out) as folder:
+            write_views(comparison, folder)
+    return comparison
+
+
+def _compare(args: argparse.Namespace, trace_dir: Path | None) -> Comparison:
+    """Build the arms that the words ask for, and compare them."""
     device, dtype = _device(args.device), getattr(torch, args.dtype)
     allocator = steady_allocator()
-    with report_folder(args.out, instead_of=COMPARISON_FILES) as folder:
-        model = build_model(args.model, image_size(args.img_size), pretrained=args.pretrained)
-        images = load_images(model, args.images, args.batch_size)
-        built = build_arms(
-            model,
-            args.block,
-            beside=args.beside,
-            image_size=(images.shape[2], images.shape[3]),
-            **_where(args),
-        )
-        arms, descriptions = built.models, built.descriptions
-        compiled = set(arms) if args.compile == "on" else set[str]()
-        if args.compile == "both":
-            compiled = {f"{name}_compiled" for name in arms}
-            arms |= {f"{name}_compiled": copy.deepcopy(arm) for name, arm in arms.items()}
-            descriptions |= {
-                f"{name}_compiled": f"{name} through torch.compile" for name in descriptions
-            }
-        layout = _MEMORY_FORMATS[args.memory_format]
-        comparison = compare(
-            {n: arm.to(device, dtype).to(memory_format=layout) for n, arm in arms.items()},
-            images.to(device, dtype).contiguous(memory_format=layout),
-            mode=args.mode,
-            reference=built.reference,
-            repeats=args.repeats,
-            precision=args.precision,
-            budget_s=args.budget,
-            compiled=compiled,
-            trace_dir=folder / "traces" if args.trace else None,
-            progress=True,
-            about={
-                "model": args.model,
-                "weights": "pretrained" if args.pretrained else "random",
-                "command": shlex.join(["tokenconv", *args.words]),
-                "allocator": allocator,
-            },
-            descriptions=descriptions,
-        )
-        print(comparison)
-        write_comparison(comparison, folder / "compare.json")
-    with report_folder(args.out) as folder:
-        write_views(comparison, folder)
-    return comparison
+    model = build_model(args.model, image_size(args.img_size), pretrained=args.pretrained)
+    images = load_images(model, args.images, args.batch_size)
+    built = build_arms(
+        model,
+        args.block,
+        beside=args.beside,
+        image_size=(images.shape[2], images.shape[3]),
+        **_where(args),
+    )
+    arms, descriptions = built.models, built.descriptions
+    compiled = set(arms) if args.compile == "on" else set[str]()
+    if args.compile == "both":
+        compiled = {f"{name}_compiled" for name in arms}
+        arms |= {f"{name}_compiled": copy.deepcopy(arm) for name, arm in arms.items()}
+        descriptions |= {
+            f"{name}_compiled": f"{name} through torch.compile" for name in descriptions
+        }
+    layout = _MEMORY_FORMATS[args.memory_format]
+    return compare(
+        {n: arm.to(device, dtype).to(memory_format=layout) for n, arm in arms.items()},
+        images.to(device, dtype).contiguous(memory_format=layout),
+        mode=args.mode,
+        reference=built.reference,
+        repeats=args.repeats,
+        precision=args.precision,
+        budget_s=args.budget,
+        compiled=compiled,
+        trace_dir=trace_dir,
+        progress=True,
+        about={
+            "model": args.model,
+            "weights": "pretrained" if args.pretrained else "random",
+            "command": shlex.join(["tokenconv", *args.words]),
+            "allocator": allocator,
+        },
+        descriptions=descriptions,
+    )
 
 
 def _sweep(args: argparse.Namespace) -> int:

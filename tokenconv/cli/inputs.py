@@ -1,5 +1,6 @@
 """What the commands work on: timm models by name, and photographs."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
 )
 """How timm's models are asked to take images of any size, by family; others have no such word."""
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+_FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+"""What a photograph may be, whatever its name ends in: Pillow would run Ghostscript for others."""
 
 
 def build_model(
@@ -82,7 +84,7 @@ def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Te
         found = _prepared(model, _sample_photographs())
     else:
         found = load_photographs(model, directory, batch_size)
-    return found[torch.arange(batch_size) % len(found)]
+    return found.repeat(math.ceil(batch_size / len(found)), 1, 1, 1)[:batch_size]
 
 
 def load_photographs(model: nn.Module, directory: Path, most: int) -> Tensor:
@@ -121,16 +123,17 @@ def _sample_photographs() -> list[Image.Image]:
 def _read(directory: Path, most: int) -> list[Image.Image]:
     if not directory.is_dir():
         raise MeasurementError(f"{directory} is not a folder of photographs")
-    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES)[:most]
+    found = (p for p in directory.iterdir() if p.suffix.lower() in _FORMATS and p.is_file())
+    paths = sorted(found)[:most]  # no pipe, which would be waited for
     if not paths:
-        endings = ", ".join(sorted(_SUFFIXES))
+        endings = ", ".join(_FORMATS)
         raise MeasurementError(f"{directory} holds no photographs ({endings})")
     return [_open(path) for path in paths]
 
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=sorted({*_FORMATS.values()})) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise MeasurementError(f"cannot read the image {path}: {error}") from error

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from tokenconv.patterns import compiled
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SWEPT = ("img-size", "batch-size", "memory-format", "compile", "kernel-size", "dtype")
@@ -319,9 +321,9 @@ def _rule(text: str) -> object:
 
 def _pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+        return compiled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _fraction(text: str) -> float:
@@ -335,6 +337,8 @@ def _fraction(text: str) -> float:
 
 
 def _positive(text: str) -> int:
+    if text.isdecimal() and len(text) > 9:  # torch could not count what it asks for
+        raise argparse.ArgumentTypeError(f"expected at most nine digits, got {text}")
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return int(text)

@@ -3,14 +3,10 @@
 import argparse
 import itertools
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from tokenconv.cli.parser import parse
@@ -22,7 +18,7 @@ from tokenconv.profiling import (
     read_comparison,
     write_sweep,
 )
-from tokenconv.reports import report_folder
+from tokenconv.reports import alone_in, report_folder
 
 
 def run_sweep(
@@ -38,44 +34,36 @@ def run_sweep(
         measure: Runs one, and writes its folder.
 
     Raises:
-        MeasurementError: If no point could be measured, or another sweep runs in the folder.
+        MeasurementError: If no point could be measured, or another run writes to the folder.
         UnknownNameError: If there is no model or block of a name.
     """
     todo = [(settings, parse(words)) for settings, words in _points(args)]
-    points: list[Point] = []
-    with _alone_in(args.out):
-        for settings, own in tqdm(todo, desc="sweep", unit="point"):
-            try:
-                comparison = _finished(own) or measure(own)
-            except UnknownNameError:
-                raise
-            except Exception as error:
-                why = " ".join(str(error).split())
-                print(f"tokenconv: error: {_name(settings)}: {why}", file=sys.stderr)
-                points.append(Point(settings, None, why))
-            else:
-                points.append(Point(settings, comparison, None))
-    if not any(point.comparison for point in points):
-        raise MeasurementError(f"no point of the sweep could be measured: {points[0].failure}")
-    with report_folder(args.out) as folder:
-        command = shlex.join(["tokenconv", *args.words])
-        write_sweep(points, folder, {"model": args.model, "command": command})
+    with alone_in(args.out):
+        points = [
+            _point(settings, own, measure)
+            for settings, own in tqdm(todo, desc="sweep", unit="point")
+        ]
+        if not any(point.comparison for point in points):
+            raise MeasurementError(f"no point of the sweep could be measured: {points[0].failure}")
+        with report_folder(args.out) as folder:
+            command = shlex.join(["tokenconv", *args.words])
+            write_sweep(points, folder, {"model": args.model, "command": command})
     return points
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of a folder, and remove what one that was killed left unfinished."""
+def _point(
+    settings: dict[str, str],
+    own: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Comparison],
+) -> Point:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            for left in (*folder.glob("points/.*/"), *folder.glob("points/*/.*/")):
-                shutil.rmtree(left)
-            yield
-    except Timeout as error:
-        raise MeasurementError(
-            f"another sweep is running in {folder}: wait for it, or take another --out"
-        ) from error
+        return Point(settings, _finished(own) or measure(own), None)
+    except UnknownNameError:
+        raise
+    except Exception as error:
+        point = Point(settings, None, " ".join(str(error).split()))
+        print(f"tokenconv: error: {point.name}: {point.failure}", file=sys.stderr)
+        return point
 
 
 def _points(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], list[str]]]:

@@ -1,5 +1,5 @@
 """What every report is made of: tables, charts, pages, and a folder that is written whole."""
 
-from tokenconv.reports.folder import report_folder
+from tokenconv.reports.folder import alone_in, report_folder
 
-__all__ = ["report_folder"]
+__all__ = ["alone_in", "report_folder"]

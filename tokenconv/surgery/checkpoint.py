@@ -30,7 +30,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
     Written are every value of the inserted blocks, every parameter with ``requires_grad=True`` and
     every persistent buffer, such as the statistics of BatchNorm. What a plan took out of the model
-    is not saved. One process saves at a time.
+    is not saved. Where several processes save to one folder, each waits for the other, and the last
+    one's checkpoint stays.
 
     Args:
         model: A model that ``insert_`` has changed.

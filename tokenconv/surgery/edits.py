@@ -311,7 +311,7 @@ def _build(place: Place, site: str, block: str, kwargs: Mapping[str, Any]) -> nn
     try:
         with torch.device("meta"):
             return fragments[site](place.dim, **kwargs)
-    except TypeError as error:
+    except (TypeError, OverflowError, RuntimeError) as error:  # the last of a size beyond torch's
         raise SurgeryError(
             f"{block} at {place.host} does not take these arguments: {error}"
         ) from error

@@ -1,7 +1,6 @@
 """What would change in a model, worked out on a weightless copy of it."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import index
@@ -12,6 +11,7 @@ from torch import nn
 from tokenconv.blocks import BLOCKS
 from tokenconv.costs import SiteCost, price
 from tokenconv.errors import MeasurementError, SurgeryError, UnknownNameError
+from tokenconv.patterns import compiled
 from tokenconv.surgery.accelerate import check_not_accelerated
 from tokenconv.surgery.edits import (
     NONE,
@@ -124,7 +124,7 @@ class Plan:
             lists = {name: tuple(content[name]) for name in ("input_size", "skipped")}
             made = cls(**{**content, **lists, "edits": edits})
             _check_types(made)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, SurgeryError):
                 raise
             raise SurgeryError(f"this is no plan of tokenconv: {error}") from error
@@ -264,6 +264,7 @@ def check_fits(model: nn.Module, made: Plan) -> Plan:
         for candidate in [*found.blocks, *found.embeds]
         for site, reason in candidate.refusals.items()
     }
+    fitting: list[Edit] = []
     for edit in made.edits:
         expected, site = edit.place, edit.site
         if (place := places.get((site, expected.host))) is None:
@@ -282,10 +283,11 @@ def check_fits(model: nn.Module, made: Plan) -> Plan:
                 f"tokens at {expected.host}, this model has {place.dim} and "
                 f"{place.num_prefix_tokens}; or its grid is made in another way"
             )
-        fitting = edit_for(found.meta, place, site, edit.block, dict(edit.kwargs))
-        if fitting.exact != edit.exact:
+        own = edit_for(found.meta, place, site, edit.block, dict(edit.kwargs))
+        if own.exact != edit.exact:
             raise SurgeryError(f"{edit.block} at {expected.host} would change the output here")
-    return rehearse(found, made)
+        fitting.append(own)
+    return rehearse(found, replace(made, edits=tuple(fitting)))
 
 
 def rehearse(found: Survey, draft: Plan) -> Plan:
@@ -393,9 +395,10 @@ def _select(
         chosen = offered[blocks]
     elif isinstance(blocks, str):
         try:
-            chosen = [block for block in offered if re.search(blocks, block.name)]
-        except re.error as error:
-            raise SurgeryError(f"{blocks!r} is no regular expression: {error}") from error
+            pattern = compiled(blocks)
+        except ValueError as error:
+            raise SurgeryError(str(error)) from error
+        chosen = [block for block in offered if pattern.search(block.name)]
     else:
         try:
             wanted = [index(i) for i in (blocks if isinstance(blocks, Iterable) else [blocks])]

@@ -3,7 +3,7 @@
 The manifest states the checksum of its values, and replacing it is the one moment at which a new
 pair takes the place of an older one: the new values lie ready under a name of their own before, and
 take their place after. A reader takes the values that have the checksum, so a crash at any moment
-leaves the old pair or the new one.
+leaves the old pair or the new one. One process writes at a time, the others wait for it.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from tokenconv.errors import CheckpointError
+from tokenconv.locks import locked
 
 FORMAT = 1
 """Version of the files that are written."""
@@ -90,6 +91,16 @@ class Files:
         """Where new values wait until the manifest is theirs."""
         return self.delta.with_name(self.delta.name + ".new")
 
+    @property
+    def next_manifest(self) -> Path:
+        """Where the next manifest waits until its values are there."""
+        return self.manifest.with_name(self.manifest.name + ".new")
+
+    @property
+    def lock(self) -> Path:
+        """Held by who writes."""
+        return self.manifest.with_name(f".{self.manifest.name}.lock")
+
 
 def write(files: Files, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Write values and their manifest, in place of an older pair where there is one.
@@ -104,40 +115,55 @@ def write(files: Files, manifest: Manifest, tensors: Mapping[str, Tensor]) -> No
     text = replace(manifest, sha256=_checksum(data)).to_json()
     folder = files.manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
-    _finish_interrupted(files)
-    next_manifest = files.manifest.with_name(files.manifest.name + ".new")
-    _write_through(files.next_delta, data)
-    _write_through(next_manifest, text.encode())
-    _sync(folder)
-    os.replace(next_manifest, files.manifest)  # noqa: PTH105  # from here on it is the new pair
-    _sync(folder)
-    os.replace(files.next_delta, files.delta)  # noqa: PTH105
-    _sync(folder)
+    with locked(files.lock):
+        _finish_interrupted(files)
+        _write_through(files.next_delta, data)
+        _write_through(files.next_manifest, text.encode())
+        _sync(folder)
+        os.replace(files.next_manifest, files.manifest)  # noqa: PTH105  # from here on the new pair
+        _sync(folder)
+        os.replace(files.next_delta, files.delta)  # noqa: PTH105
+        _sync(folder)
 
 
 def read(files: Files) -> tuple[Manifest, dict[str, Tensor]]:
-    """The pair that ``write`` wrote.
+    """The pair that ``write`` wrote, also while another process writes the next one.
 
     Raises:
         CheckpointError: If a file is missing, damaged, of a newer version or of another pair.
     """
-    manifest = _read_manifest(files)
-    path = files.delta if files.delta.exists() else files.next_delta
-    data = _read_bytes(path)
-    if _checksum(data) != manifest.sha256 and files.next_delta.exists():
-        data = _read_bytes(files.next_delta)  # an interrupted ``write``
-    if _checksum(data) != manifest.sha256:
-        raise CheckpointError(
-            f"{path} is truncated, or not the file that {files.manifest.name} describes: expected "
-            f"the checksum {manifest.sha256[:12]}, got {_checksum(data)[:12]}. Copy both again"
-        )
+    manifest, data = _read_pair(files)
     try:
         tensors = tensors_from_bytes(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no file of safetensors: {error}") from error
+        raise CheckpointError(f"{files.delta} is no file of safetensors: {error}") from error
     if {key: form_of(value) for key, value in tensors.items()} != manifest.tensors:
-        raise CheckpointError(f"{path} has other keys or shapes than {files.manifest} says")
+        raise CheckpointError(f"{files.delta} has other keys or shapes than {files.manifest} says")
     return manifest, tensors
+
+
+def _read_pair(files: Files) -> tuple[Manifest, bytes]:
+    """A manifest and the values that have its checksum.
+
+    Where none have, it looks again until nothing has changed: somebody may just have written.
+    """
+    seen: tuple[Manifest, dict[Path, str]] | None = None
+    while True:
+        manifest, sums = _read_manifest(files), dict[Path, str]()
+        for path in (files.delta, files.next_delta):  # the second one of an interrupted ``write``
+            if (data := _bytes_of(path)) is not None:
+                sums[path] = _checksum(data)
+                if sums[path] == manifest.sha256:
+                    return manifest, data
+        if seen == (manifest, sums):
+            break
+        seen = manifest, sums
+    path = next(iter(sums), files.delta)
+    got = _checksum(_read_bytes(path))
+    raise CheckpointError(
+        f"{path} is truncated, or not the file that {files.manifest.name} describes: expected "
+        f"the checksum {manifest.sha256[:12]}, got {got[:12]}. Copy both again"
+    )
 
 
 def _finish_interrupted(files: Files) -> None:
@@ -165,8 +191,19 @@ def _read_manifest(files: Files) -> Manifest:
 
 
 def _read_bytes(path: Path) -> bytes:
+    if (data := _bytes_of(path)) is None:
+        raise CheckpointError(
+            f"cannot read {path}: there is no such file. Expected a folder that tokenconv has saved"
+        )
+    return data
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """The content of a file; None if there is none."""
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. Expected a folder that tokenconv has saved"
@@ -183,7 +220,8 @@ def _checksum(data: bytes) -> str:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:  # never through a link that a copied folder has brought along
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

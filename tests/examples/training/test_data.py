@@ -1,14 +1,19 @@
 """Where samples come from, and what is wrong with them."""
 
+import contextlib
+import io
 import random
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image
 from torchvision import tv_tensors
 from training.errors import TrainingError
-from training.loading import Augmented, EpochSampler, make_loader
+from training.loading import Augmented, EpochSampler, make_loader, read_picture
 from training.masks import MaskedImages
 from training.streams import Shards, Streamed
 
@@ -182,7 +187,115 @@ def test_masks_do_not_say_how_many_classes_there_are(masked):
         MaskedImages(masked(), "train")
 
 
+@pytest.mark.parametrize("listed", ["../../secret", "/etc/secret"])
+def test_a_list_of_names_leads_out_of_no_folder(tmp_path, listed):
+    (tmp_path / "SegmentationClass").mkdir()
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text(f"2007_000032\n\n{listed}\n")
+    with pytest.raises(TrainingError, match=rf"train.txt lists {listed}; expected names without"):
+        MaskedImages(tmp_path, "train")
+
+
+# --- pictures that are not what they seem ---
+
+
+def saved(kind, mode="RGB"):
+    file = io.BytesIO()
+    Image.new(mode, (40, 36)).save(file, kind)
+    return file.getvalue()
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_read(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    with pytest.raises(TrainingError, match=r"cannot read it: .*decompression bomb"):
+        read_picture(io.BytesIO(saved("PNG")), "it", "RGB")
+
+
+def test_other_programs_are_not_run_for_a_picture(monkeypatch):
+    def run(*args, **kwargs):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    with pytest.raises(TrainingError, match="cannot read it: cannot identify image file"):
+        read_picture(io.BytesIO(saved("EPS")), "it", "RGB")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_pictures_are_read_or_told(count):
+    kinds = [("GIF", "P"), ("JPEG2000", "RGB"), ("PPM", "RGB"), ("TIFF", "F"), ("TIFF", "CMYK")]
+    whole = [saved(*kind) for kind in [*kinds, ("PNG", "P"), ("JPEG", "L"), ("BMP", "1")]]
+
+    @settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    @given(st.sampled_from(whole), st.data(), st.sampled_from(["RGB", None]))
+    def check(data, drawn, mode):
+        made = bytearray(data)
+        for _ in range(drawn.draw(st.integers(1, 4))):
+            at = drawn.draw(st.integers(0, len(made) - 1))
+            end = drawn.draw(st.sampled_from([at + 1, at + 4, None]))
+            made[at:end] = drawn.draw(st.binary(min_size=1, max_size=4))
+        with contextlib.suppress(TrainingError):
+            assert read_picture(io.BytesIO(bytes(made)), "it", mode).size
+
+    check()
+
+
 # --- shards ---
+
+
+def test_a_command_is_no_shard(train, tmp_path, monkeypatch):
+    command = f"pipe:touch {tmp_path}/ran #" + "{split}.tar"
+    with pytest.raises(TrainingError, match="not what a command gives"):
+        train("classification", "--data", command, "--num-classes", "2", "--samples", "8")
+    monkeypatch.setenv("GOPEN_REWRITE", f"https://host=pipe:touch {tmp_path}/ran #")
+    with pytest.raises(TrainingError, match="cannot read the shards"):
+        next(Shards("https://host/{split}-0.tar", "val", is_mask=False).read(None))
+    assert not (tmp_path / "ran").exists()
+
+
+def a_shard(path, **parts):
+    with tarfile.open(path, "w") as tar:
+        for name, content in parts.items():
+            info = tarfile.TarInfo(f"../../0.{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+@pytest.mark.parametrize(
+    ("parts", "kept", "told"),
+    [
+        ({"png": saved("PNG"), "cls": b"1"}, 700, "cannot read the shards"),
+        ({"png": saved("PNG"), "cls": b"1"}, 0, "cannot read the shards"),
+        ({"png": saved("PNG")}, None, "cannot read the shards"),
+        ({"png": b"no", "cls": b"1"}, None, "cannot read"),
+        ({"png": saved("PNG"), "cls": b"one"}, None, "is no class: b'one'"),
+    ],
+    ids=["cut off", "empty", "without a class", "no picture", "no number"],
+)
+def test_damaged_shards_are_told(tmp_path, parts, kept, told):
+    path = tmp_path / "val-0.tar"
+    a_shard(path, **parts)
+    path.write_bytes(path.read_bytes()[:kept])
+    shards = Shards(str(tmp_path / "{split}-0.tar"), "val", is_mask=False)
+    with pytest.raises(TrainingError, match=told):
+        [*shards.read(None)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_members_of_a_shard_are_read_wherever_they_say_they_are(tmp_path):
+    """Nothing is unpacked, so a path in an archive leads nowhere."""
+    a_shard(tmp_path / "val-0.tar", png=saved("PNG"), cls=b"1")
+    shards = Shards(str(tmp_path / "{split}-0.tar"), "val", is_mask=False)
+    (sample,) = shards.read(None)
+    assert sample[1] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["val-0.tar"]
 
 
 # webdataset closes its files when they are collected.
@@ -260,6 +373,13 @@ def test_what_is_wrong_with_shards_is_told(train, tmp_path, words, told, write_s
 
 
 # --- pictures of classes ---
+
+
+@pytest.mark.parametrize("data", ["no/such/folder", "cats", "tfds/cats"])
+def test_data_that_are_not_there_are_told(train, data):
+    told = f"--data {data} is no folder; expected one, shards that end in .tar, or hfds/NAME"
+    with pytest.raises(TrainingError, match=told):
+        train("classification", "--data", data)
 
 
 def test_a_folder_of_pictures_is_learned(train, pictures):

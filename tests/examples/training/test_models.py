@@ -1,5 +1,6 @@
 """Models that are trained, and what predicts with them."""
 
+import json
 import re
 
 import numpy as np
@@ -117,6 +118,29 @@ def test_what_cannot_be_predicted_with_is_told(train, tmp_path, scenes):
     (scenes / "scene0.png").write_bytes(b"no picture")
     with pytest.raises(TrainingError, match=r"cannot read .*scene0.png"):
         run(parse([str(folder), str(scenes)]))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": "x"},
+        {"model": 3},
+        {"model_arg": [["depth", None]]},
+        {"classes": None},
+        {"model": ""},
+    ],
+    ids=str,
+)
+def test_settings_that_no_run_has_written_are_told(train, changed):
+    folder = train("classification", "--epochs", "1")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, **changed}))
+    with pytest.raises(TrainingError):
+        load_run(folder)
+    for text in ("[" * 100_000, '"text"', '{"task": "classification"}'):
+        (folder / "settings.json").write_text(text)
+        with pytest.raises(TrainingError, match="holds no run"):
+            load_run(folder)
 
 
 def test_an_overlay_replaces_no_picture_and_no_other_overlay(train, scenes):

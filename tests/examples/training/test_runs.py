@@ -9,12 +9,14 @@ import signal
 import statistics
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import train_segmentation
+from filelock import FileLock
 from safetensors.torch import load_file
 from torchvision import tv_tensors
 from training import checkpoints
@@ -296,6 +298,76 @@ def test_a_damaged_checkpoint_is_told_by_its_name(train):
     (damaged / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ResumeError, match=f"cannot resume from .*{damaged.name}: .*remove it"):
         train("classification", "--epochs", "2", "--resume", "auto")
+
+
+class Touch:
+    """What a pickle could do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.slow
+def test_no_file_of_a_checkpoint_can_run_code(train, tmp_path):
+    folder = train("classification", "--insert", "mix_ffn", "--ema", "0.9")
+    checkpoint = last(folder / "checkpoints")
+    names = [path.name for path in checkpoint.iterdir()]
+    assert {"progress.json", "average.safetensors", "optimizer.bin"} <= {*names}
+    kept = {name: (checkpoint / name).read_bytes() for name in names}
+    for name in [*names, "custom_checkpoint_0.pkl"]:
+        torch.save(Touch(tmp_path / "ran"), checkpoint / name)
+        with suppress(ResumeError):  # Accelerate does without generators that it cannot read
+            train("classification", "--insert", "mix_ffn", "--ema", "0.9", "--resume", "auto")
+        assert not (tmp_path / "ran").exists(), name
+        (checkpoint / name).unlink()
+        for other, data in kept.items():
+            (checkpoint / other).write_bytes(data)
+    torch.load(_evil(tmp_path), weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def _evil(folder):
+    torch.save(Touch(folder / "ran"), folder / "evil.pth")
+    return folder / "evil.pth"
+
+
+@pytest.mark.parametrize("place", ["base", "checkpoint_path"])
+def test_no_file_of_weights_can_run_code(train, tmp_path, place):
+    words = {
+        "base": ["--base", str(_evil(tmp_path))],
+        "checkpoint_path": [f"--model-arg=checkpoint_path={_evil(tmp_path)}"],
+    }
+    with pytest.raises(TrainingError, match="--base"):
+        train("classification", *words[place])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        checkpoints, "FileLock", lambda path, timeout: FileLock(path, timeout=timeout / 100)
+    )
+    (tmp_path / "run").mkdir()
+    with (
+        FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(TrainingError, match=r"another run trains in .*run: wait for it, or take"),
+    ):
+        train("classification")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    train("classification", "--epochs", "1")
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_begin_together_one_trains(start, tiny, tmp_path):
+    both = [start("train_classification.py", *tiny, "--epochs", "60") for _ in range(2)]
+    ends = [(run.communicate(timeout=300)[1], run.returncode) for run in both]
+    (lost,) = (told for told, status in ends if status)
+    assert "error: another run trains in" in lost.splitlines()[-1]
+    assert "Traceback" not in lost
+    assert len(read(tmp_path / "run" / "history.json")) == 60
+    assert weights_of(tmp_path / "run")
 
 
 def test_sigterm_saves_and_ends_well(start, tiny, tmp_path):
