@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark results docs clean
+.PHONY: demo test test-all lint benchmark results docs dist test-wheel test-lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -38,6 +38,18 @@ docs: $(VENV)/.docs
 	@echo
 	@echo "Open docs/_build/html/index.html"
 
+dist: $(VENV)/.release
+	$(BIN)/python -m uv pip compile --quiet --universal --all-extras --output-file /dev/null pyproject.toml
+	rm -rf dist
+	$(BIN)/python -m uv build
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+
+test-wheel: dist
+	PYTEST_ADDOPTS='$(WORKERS)' $(BIN)/python benchmarks/versions.py dist
+
+test-lowest: dist
+	PYTEST_ADDOPTS='$(WORKERS)' $(BIN)/python benchmarks/versions.py dist --lowest
+
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo,profile]'
 	@touch $@
@@ -49,6 +61,10 @@ $(VENV)/.docs: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.demo $(VENV)/.docs $@
+
+$(VENV)/.release: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

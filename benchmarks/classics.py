@@ -21,7 +21,6 @@ import torch
 from common import (
     DTYPES,
     add_options,
-    format_table,
     let_norms_know,
     set_up,
     time_arms,
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokenconv as tc
+from tokenconv.reports.table import aligned
 
 QUESTION = (__doc__ or "").splitlines()[0]
 REFERENCE = "vgg16"
@@ -234,7 +234,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = rows_of(result)
-    print(format_table(rows))
+    print(aligned(rows, keys=2))
     if args.out:
         write_json(args.out, result)
         draw(result, args.out)

@@ -212,18 +212,6 @@ def time_arms(
     }
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns; the first two lean left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that is either there as a whole or not at all."""
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

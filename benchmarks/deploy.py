@@ -28,7 +28,6 @@ from common import (
     add_options,
     check_alike,
     compiled,
-    format_table,
     let_norms_know,
     set_up,
     time_arms,
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 import tokenconv as tc
 from tokenconv.cli.inputs import load_images
+from tokenconv.reports.table import aligned
 from tokenconv.surgery import inserted_modules
 
 QUESTION = (__doc__ or "").splitlines()[0]
@@ -227,7 +227,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
               for r in ratios),
             *(f"{peaks[arm] / 2**20:.0f}" if arm in peaks else "" for arm in PROCESSES),
         ])  # fmt: skip
-    return format_table(lines)
+    return aligned(lines, keys=2)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

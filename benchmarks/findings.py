@@ -18,7 +18,7 @@ from accuracy import markdown as accuracy_tables
 from classics import draw as draw_classics
 from classics import ratios as classic_ratios
 from classics import rows_of as classic_rows
-from kernels import draw as draw_kernels
+from kernel_report import draw as draw_kernels
 
 from tokenconv.profiling import read_comparison
 from tokenconv.profiling.report import draw_comparison
@@ -150,6 +150,48 @@ def compare(content: Content) -> Found:
         "warnings": comparison.warnings,
         "batch_size": comparison.batch_size,
         "side": comparison.input_size[-1],
+    }
+
+
+def deploy(content: Content) -> Found:
+    """Times of a model in and out of Python, and the memory of a process that serves it."""
+    rows = content["rows"]
+    arms = dict.fromkeys(arm for row in rows for arm in row["latency_ms"])
+    pairs = dict.fromkeys(pair for row in rows for pair in row["ratio"])
+    served = dict.fromkeys(arm for row in rows for arm in row["peak_bytes"])
+
+    def spreads(pair: str, family: str | tuple[str, ...] = "") -> list[Content]:
+        own = [row for row in rows if row["model"].startswith(family) and pair in row["ratio"]]
+        return [row["ratio"][pair] for row in own]
+
+    def ratio(pair: str, family: str | tuple[str, ...] = "") -> Span:
+        """Of the first arm to the second, as in ``compiled/onnx``."""
+        return Span([spread["median"] for spread in spreads(pair, family)])
+
+    def shown(pair: str, family: str | tuple[str, ...] = "") -> list[bool]:
+        """Of which of these ratios it is shown that they are not 1."""
+        return [is_shown(spread) for spread in spreads(pair, family)]
+
+    def cells(get: Callable[[Content], Sequence[str]], names: Sequence[str]) -> str:
+        own = [[f"`{row['model']}`", str(row["threads"]), *get(row)] for row in rows]
+        return table([["model", "threads", *names], *own], keys=2)
+
+    return {
+        "times": cells(
+            lambda row: [timed(row["latency_ms"].get(arm)) for arm in arms],
+            [f"{arm} ms" for arm in arms],
+        ),
+        "ratios": cells(
+            lambda row: [paired(row["ratio"].get(pair)) for pair in pairs],
+            [pair.replace("/", " / ") for pair in pairs],
+        ),
+        "peaks": cells(
+            lambda row: [f"{row['peak_bytes'][arm] / 2**20:.0f}" for arm in served],
+            [f"{arm} MiB" for arm in served],
+        ),
+        "ratio": ratio,
+        "shown": shown,
+        "largest_int8": max(row["difference"]["int8"] for row in rows),
     }
 
 
@@ -302,7 +344,7 @@ def train_step(content: Content) -> Found:
 
 KINDS: dict[str, Callable[[Content], Found]] = {
     kind.__name__: kind
-    for kind in (accuracy, classics, compare, kernels, models, surgery, train_step)
+    for kind in (accuracy, classics, compare, deploy, kernels, models, surgery, train_step)
 }
 """To add a kind: a function above, its name here, and a section in ``pages/results.md.jinja``."""
 

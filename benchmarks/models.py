@@ -26,7 +26,6 @@ from common import (
     add_options,
     check_alike,
     compiled,
-    format_table,
     peak_bytes,
     set_up,
     time_arms,
@@ -37,6 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import tokenconv as tc
+from tokenconv.reports.table import aligned
 from tokenconv.surgery import inserted_modules
 
 QUESTION = (__doc__ or "").splitlines()[0]
@@ -253,7 +253,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
               for r in ratios),
             *(f"{memory[arm] / 2**20:.0f}" if arm in memory else "" for arm in peaks),
         ])  # fmt: skip
-    return format_table(lines)
+    return aligned(lines, keys=2)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,12 +14,13 @@ from typing import Any
 
 import timm
 import torch
-from common import DTYPES, add_options, format_table, set_up, time_arms, write_json
+from common import DTYPES, add_options, set_up, time_arms, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokenconv as tc
 from tokenconv.profiling import Spread
+from tokenconv.reports.table import aligned
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "swin_tiny_patch4_window7_224")
 LARGE = "vit_large_patch16_224"
@@ -123,7 +124,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         spreads = [*row["latency_ms"].values(), *row["ratio"].values()]
         cells.append([row["model"], "", *(f"{s['median']:.3f} ({s['iqr']:.3f})" for s in spreads)])
-    return format_table(cells)
+    return aligned(cells, keys=2)
 
 
 if __name__ == "__main__":

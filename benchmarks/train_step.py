@@ -22,13 +22,14 @@ from typing import Any
 
 import timm
 import torch
-from common import ROOT, add_options, format_table, set_up, write_json
+from common import ROOT, add_options, set_up, write_json
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 import tokenconv as tc
 from tokenconv.profiling import Spread
+from tokenconv.reports.table import aligned
 
 sys.path.insert(0, str(ROOT / "examples"))
 import train_classification
@@ -146,7 +147,7 @@ def main() -> None:
     for row in result["memory"]:
         peaks = [f"{value:.1f}" for value in row["peak_mib"].values()]
         rows.append((row["model"], row["block"], *peaks, f"{row['ratio']:.3f}"))
-    print(format_table(rows))
+    print(aligned(rows, keys=2))
     if args.out:
         write_json(Path(args.out), result)
 

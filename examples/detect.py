@@ -28,7 +28,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, make_grid
 from training.data import make_data
-from training.digits import CLASSES, DigitScenes, Scene, digit_splits
+from training.digits import CLASSES, Scene, scenes_of_both
 from training.engine import Training, make_accelerator
 from training.errors import TrainingError, told_in_one_line
 from training.settings import Settings
@@ -239,9 +239,7 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
     accelerator = make_accelerator(settings)
     model = make_detector(args.model, args.pretrained, args.img_size)
     size = args.img_size, args.img_size
-    train, val = (
-        DigitScenes(split, size=size, length=length) for split, length in digit_splits(args.scenes)
-    )
+    train, val = scenes_of_both(args.scenes, size)
     data = make_data(
         train, val, to_tensors, to_tensors,
         settings=settings, accelerator=accelerator,

@@ -27,13 +27,13 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 from training.data import make_data
-from training.digits import CLASSES, DigitScenes, digit_splits
+from training.digits import CLASSES, DigitScenes, scenes_of_both
 from training.engine import Training, make_accelerator
 from training.errors import TrainingError, told_in_one_line
 from training.hybrids import add_model_options, choose_trained, create_model
 from training.loading import read_picture
 from training.settings import Settings
-from training.streams import Shards
+from training.streams import open_shards
 
 Sample = tuple[Image.Image, int]
 
@@ -133,19 +133,10 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:
     """Samples to train on, samples to be judged by, and the names of the classes."""
     if args.data is None:
         size = args.img_size[0], args.img_size[-1]
-        train, val = (
-            DigitClasses(DigitScenes(split, size=size, length=length))
-            for split, length in digit_splits(args.scenes)
-        )
+        train, val = map(DigitClasses, scenes_of_both(args.scenes, size))
         return train, val, CLASSES
     if args.data.endswith(".tar"):
-        if args.num_classes is None or args.samples is None:
-            raise TrainingError(
-                "shards do not say how much they hold: say --num-classes, --samples"
-            )
-        train, val = (
-            Shards(args.data, split, is_mask=False, samples=args.samples) for split in args.splits
-        )
+        train, val = open_shards(args, args.splits, is_mask=False)
         return train, val, tuple(map(str, range(args.num_classes)))
     is_folder = Path(args.data).is_dir()
     if not is_folder and not args.data.lower().startswith("hfds/"):

@@ -29,7 +29,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from training.data import make_data
-from training.digits import MASK_CLASSES, DigitScenes, digit_splits
+from training.digits import MASK_CLASSES, DigitScenes, scenes_of_both
 from training.engine import Training, make_accelerator
 from training.errors import TrainingError, told_in_one_line
 from training.heads import LinearHead, PyramidHead, Segmenter, slide
@@ -42,7 +42,7 @@ from training.hybrids import (
 )
 from training.masks import IGNORED, MaskedImages, Sample, colored, make_sample
 from training.settings import Settings
-from training.streams import Shards
+from training.streams import open_shards
 
 HEADS = {"linear": LinearHead, "pyramid": PyramidHead}
 
@@ -139,20 +139,10 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, tuple[str, ...]]:
     """Samples to train on, samples to be judged by, and the names of the classes."""
     if args.data is None:
         size = args.img_size[0], args.img_size[-1]
-        train, val = (
-            DigitMasks(DigitScenes(split, size=size, length=length))
-            for split, length in digit_splits(args.scenes)
-        )
+        train, val = map(DigitMasks, scenes_of_both(args.scenes, size))
         return train, val, MASK_CLASSES
     if args.data.endswith(".tar"):
-        if args.num_classes is None or args.samples is None:
-            raise TrainingError(
-                "shards do not say how much they hold: say --num-classes, --samples"
-            )
-        train, val = (
-            Shards(args.data, split, is_mask=True, samples=args.samples)
-            for split in ("train", "val")
-        )
+        train, val = open_shards(args, ("train", "val"), is_mask=True)
         count = args.num_classes
     else:
         train, val = (

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenconv as tc
+from tokenconv.grid import PrefixTokens, behind_prefix, frames_to_tokens, tokens_to_frames
 
 
 def test_grid_is_row_major_behind_the_prefix():
@@ -42,6 +43,50 @@ def test_fold_and_unfold_are_views(batch, size):
     assert back.is_contiguous()
 
 
+@given(
+    size=st.lists(st.integers(1, 4), min_size=2, max_size=3).map(tuple),
+    prefix=st.integers(0, 2),
+    batch=st.integers(1, 3),
+)
+def test_frames_are_the_maps_of_a_video_one_after_another(size, prefix, batch):
+    grid = tc.TokenGrid(size, prefix)
+    x = torch.arange(batch * grid.num_tokens * 2).reshape(batch, grid.num_tokens, 2)
+    frames = tokens_to_frames(x, grid)
+    fmap = tc.tokens_to_map(x, grid)
+    assert torch.equal(frames, fmap.transpose(1, 2).flatten(0, 1) if len(size) == 3 else fmap)
+    assert torch.equal(behind_prefix(frames_to_tokens(frames, grid), x, prefix), x)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(3, 5), (2, 3, 4)], ids=str)
+def test_frames_are_views_in_channels_last_memory(batch, size):
+    grid = tc.TokenGrid(size)
+    x = torch.randn(batch, grid.num_tokens, 6)
+    frames = tokens_to_frames(x, grid)
+    assert frames.data_ptr() == frames_to_tokens(frames, grid).data_ptr() == x.data_ptr()
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    assert frames.stride(0) == 6 * size[-1] * size[-2]
+
+
+def test_frames_of_another_size_and_width_are_tokens_of_their_own_image():
+    grid = tc.TokenGrid((2, 4, 4), 1)
+    small = torch.arange(3 * 2 * 5 * 2 * 2).reshape(6, 5, 2, 2)
+    tokens = frames_to_tokens(small, grid)
+    assert tokens.shape == (3, 8, 5)
+    assert torch.equal(tokens[1, 4:], small[3].flatten(1).T)
+
+
+def test_prefix_tokens_are_handed_on_or_become_zero_in_the_dtype_of_the_others():
+    x, tokens = torch.randn(2, 5, 3), torch.randn(2, 4, 3).bfloat16()
+    passed = behind_prefix(tokens, x, 2)
+    assert passed.dtype == torch.bfloat16
+    assert torch.equal(passed[:, :2], x[:, :2].bfloat16())
+    assert torch.equal(passed[:, 2:], tokens)
+    assert torch.equal(behind_prefix(tokens, x, 2, PrefixTokens.ACT), passed)
+    assert not behind_prefix(tokens, x, 2, PrefixTokens.ZERO)[:, :2].any()
+    assert behind_prefix(tokens, x, 0) is tokens
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_folded_tokens_are_channels_last_also_for_one_image(batch):
     # The usual x.transpose(1, 2).view(B, C, H, W) has a batch stride of C for one image, and the
@@ -75,9 +120,10 @@ def test_bad_grid_sizes_are_refused(size):
         tc.TokenGrid(size)
 
 
-def test_negative_prefix_is_refused():
-    with pytest.raises(tc.GridError, match="num_prefix_tokens >= 0, got -1"):
-        tc.TokenGrid((3, 5), -1)
+@pytest.mark.parametrize("prefix", [-1, 1.0, "1", True, None], ids=str)
+def test_a_prefix_that_is_no_count_is_refused(prefix):
+    with pytest.raises(tc.GridError, match=f"num_prefix_tokens >= 0, got {prefix!r}"):
+        tc.TokenGrid((3, 5), prefix)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ PUBLIC = [
     "UnknownNameError", "accelerate_", "analysis", "compare", "cost", "create_block",
     "decelerate_", "decompose_", "depthwise_conv", "export", "fold_", "freeze_grid_", "insert_",
     "keep_tokens", "list_blocks", "load_", "load_official", "map_to_tokens", "param_groups",
-    "plan", "remove_", "save", "tokens_to_map", "trainable_",
+    "plan", "quantize_", "remove_", "save", "tokens_to_map", "trainable_",
 ]  # fmt: skip
 
 
@@ -44,17 +46,38 @@ def test_unknown_attribute_is_an_attribute_error():
         _ = tc.nothing
 
 
-def loaded_after(statement):
-    code = f"import sys; {statement}; print(*sys.modules)"
+def loaded_by(statement):
+    """The modules that a statement loads where torch is there already."""
+    code = f"import sys, torch; old = set(sys.modules); {statement}; print(*set(sys.modules) - old)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in run.stdout.split()}
+    return set(run.stdout.split())
 
 
-def test_import_needs_torch_and_einops_only():
-    heavy = {"timm", "torchvision", "matplotlib", "tensorboard", "torch_tb_profiler", "sklearn"}
-    assert not heavy & loaded_after("import tokenconv")
-    assert "timm" in loaded_after("import tokenconv; tokenconv.plan")
-    assert "timm" not in loaded_after("import tokenconv; tokenconv.compare")
+def packages(modules):
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+
+
+def test_import_adds_einops_alone_to_torch():
+    loaded = loaded_by("import tokenconv")
+    assert packages(loaded) == {"tokenconv", "einops"}
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("tokenconv.")}
+    assert rooms == {"choice", "errors", "grid", "layers", "ops"}
+
+
+def test_a_name_loads_what_it_needs():
+    blocks = packages(loaded_by("import tokenconv; tokenconv.create_block('mix_ffn', 8)"))
+    assert blocks == {"tokenconv", "einops"}
+    reports = packages(
+        loaded_by("import tokenconv; tokenconv.cost, tokenconv.export, tokenconv.compare")
+    )
+    assert "matplotlib" in reports
+    assert "timm" not in reports
+    assert "timm" in packages(loaded_by("import tokenconv; tokenconv.plan"))
+
+
+def test_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert tc.__version__ == project["version"]
 
 
 def test_errors_survive_processes_and_have_one_root():

@@ -1,16 +1,12 @@
 """The folder of a report: written whole, or not at all."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tokenconv import MeasurementError
 from tokenconv.profiling import COMPARISON_FILES
-from tokenconv.profiling.results import Comparison
 from tokenconv.reports import alone_in, report_folder
-
-MakeUp = Callable[..., Comparison]
 
 
 def snapshot(folder: Path) -> dict[str, str]:

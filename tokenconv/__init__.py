@@ -1,20 +1,13 @@
 """Hybrid blocks for token sequences: convolution inside Vision Transformers.
 
-Needs torch and einops; timm is imported when surgery is used, matplotlib when a report is drawn.
+Importing it takes torch and einops. What else a name needs is imported when the name is first used:
+timm by surgery, matplotlib by ``compare``.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tokenconv.blocks import (
-    BLOCKS,
-    BlockInfo,
-    MixFFN,
-    create_block,
-    list_blocks,
-    load_official,
-)
-from tokenconv.costs import Cost, cost
 from tokenconv.errors import (
     AnalysisError,
     CheckpointError,
@@ -32,6 +25,15 @@ from tokenconv.ops.depthwise_conv import Impl, depthwise_conv
 if TYPE_CHECKING:
     from tokenconv import analysis
     from tokenconv.analysis import decompose_
+    from tokenconv.blocks import (
+        BLOCKS,
+        BlockInfo,
+        MixFFN,
+        create_block,
+        list_blocks,
+        load_official,
+    )
+    from tokenconv.costs import Cost, cost
     from tokenconv.deploy import export, quantize_
     from tokenconv.profiling import Comparison, compare
     from tokenconv.surgery import (
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
         trainable_,
     )
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "BLOCKS",
@@ -100,33 +102,28 @@ __all__ = [
 ]
 
 _LATER = {
-    "decompose_": "tokenconv.analysis",
-    "export": "tokenconv.deploy",
-    "quantize_": "tokenconv.deploy",
-    "Comparison": "tokenconv.profiling",
-    "compare": "tokenconv.profiling",
-    "Plan": "tokenconv.surgery",
-    "accelerate_": "tokenconv.surgery",
-    "decelerate_": "tokenconv.surgery",
-    "fold_": "tokenconv.surgery",
-    "freeze_grid_": "tokenconv.surgery",
-    "insert_": "tokenconv.surgery",
-    "keep_tokens": "tokenconv.surgery",
-    "load_": "tokenconv.surgery",
-    "param_groups": "tokenconv.surgery",
-    "plan": "tokenconv.surgery",
-    "remove_": "tokenconv.surgery",
-    "save": "tokenconv.surgery",
-    "trainable_": "tokenconv.surgery",
-}
+    "analysis": ("decompose_",),
+    "blocks": ("BLOCKS", "BlockInfo", "MixFFN", "create_block", "list_blocks", "load_official"),
+    "costs": ("Cost", "cost"),
+    "deploy": ("export", "quantize_"),
+    "profiling": ("Comparison", "compare"),
+    "surgery": (
+        "Plan", "accelerate_", "decelerate_", "fold_", "freeze_grid_", "insert_", "keep_tokens",
+        "load_", "param_groups", "plan", "remove_", "save", "trainable_",
+    ),
+}  # fmt: skip
+"""Rooms that are imported when they, or the names of them that are here, are first asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "analysis":
-        return import_module("tokenconv.analysis")
-    if name not in _LATER:
-        raise AttributeError(f"module 'tokenconv' has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    if name in _LATER:
+        return import_module(f"tokenconv.{name}")
+    for room, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f"tokenconv.{room}"), name)
+    if name == "__version__":
+        return version("tokenconv")  # that of pyproject.toml
+    raise AttributeError(f"module 'tokenconv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

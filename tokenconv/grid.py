@@ -3,11 +3,12 @@
 Shape letters: B batch, N tokens = P prefix + grid, C channels, T frames, H rows, W columns.
 
 ``(B, N, C)`` contiguous *is* channels-last memory, so folding tokens into a map and unfolding a
-map into tokens are views. einops is used for both because its views keep the true batch stride:
+map into tokens are views. All views here keep the true batch stride:
 ``x.transpose(1, 2).view(B, C, H, W)`` gives a batch of one a stride that PyTorch does not
 recognise as channels-last, and the convolution behind it then copies.
 """
 
+import math
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tokenconv.choice import Choice
 from tokenconv.errors import GridError
 
 _AXES = {2: ("h", "w"), 3: ("t", "h", "w")}
@@ -24,6 +26,17 @@ _COUNTS = (int, torch.SymInt)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FOLD = {2: "b (h w) c -> b c h w", 3: "b (t h w) c -> b c t h w"}
 _UNFOLD = {4: "b c h w -> b (h w) c", 5: "b c t h w -> b (t h w) c"}
+
+
+class PrefixTokens(Choice):
+    """What happens to the tokens in front of the grid, which no convolution sees."""
+
+    ACT = "act"
+    """They skip the convolution and its bias, and take all else, such as activation and gate."""
+    PASS = "pass"
+    """They stay as they are."""
+    ZERO = "zero"
+    """They become zero."""
 
 
 @dataclass(frozen=True)
@@ -289,3 +302,60 @@ def map_to_tokens(fmap: Tensor, prefix: Tensor | None = None) -> Tensor:
         raise GridError(f"expected a map (B, C, H, W) or (B, C, T, H, W), got {tuple(fmap.shape)}")
     tokens = rearrange(fmap, _UNFOLD[fmap.ndim])
     return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+# --- for the code that convolves: the grid is checked already, and einops' Python is spared ---
+
+
+def tokens_to_frames(x: Tensor, grid: TokenGrid) -> Tensor:
+    """Fold tokens into maps, as a view, the frames of a video as images by themselves.
+
+    Args:
+        x: Tokens ``(B, N, C)`` that fill the grid.
+        grid: Their grid.
+
+    Returns:
+        ``(B, C, H, W)``, or ``(B*T, C, H, W)``; prefix tokens are left out.
+    """
+    *frames, rows, cols = grid.size
+    spatial = x[:, grid.num_prefix_tokens :] if grid.num_prefix_tokens else x
+    # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
+    maps = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, x.shape[-1])
+    return maps.permute(0, 3, 1, 2)
+
+
+def frames_to_tokens(maps: Tensor, grid: TokenGrid) -> Tensor:
+    """Unfold maps into tokens; the inverse of ``tokens_to_frames``, for maps of any size.
+
+    Args:
+        maps: ``(B, C, h, w)``, or ``(B*T, C, h, w)``.
+        grid: The grid that the maps were made of, which says how many frames an image has.
+
+    Returns:
+        Tokens ``(B, h*w, C)``, or ``(B, T*h*w, C)``, without prefix tokens.
+    """
+    frames = math.prod(grid.size[:-2])
+    count, dim, rows, cols = maps.shape
+    return maps.permute(0, 2, 3, 1).reshape(count // frames, frames * rows * cols, dim)
+
+
+def behind_prefix(
+    tokens: Tensor,
+    x: Tensor,
+    num_prefix_tokens: int,
+    policy: PrefixTokens = PrefixTokens.PASS,
+) -> Tensor:
+    """Tokens behind the prefix tokens of others, which takes a copy where there are some.
+
+    Args:
+        tokens: ``(B, N, C)``.
+        x: Its first tokens are the prefix; they take the dtype of ``tokens``.
+        num_prefix_tokens: How many.
+        policy: ``ZERO`` makes zeros of them, any other leaves them as they are.
+    """
+    if not num_prefix_tokens:
+        return tokens
+    prefix = x[:, :num_prefix_tokens].to(tokens.dtype)
+    if policy == PrefixTokens.ZERO:
+        prefix = torch.zeros_like(prefix)
+    return torch.cat([prefix, tokens], dim=1)

@@ -143,6 +143,11 @@ def digit_splits(scenes: int) -> Sequence[tuple[Split, int]]:
     return ("train", scenes), ("val", max(64, scenes // 8))
 
 
+def scenes_of_both(scenes: int, size: tuple[int, int]) -> list[DigitScenes]:
+    """Scenes to train on, and scenes to be judged by."""
+    return [DigitScenes(split, size=size, length=length) for split, length in digit_splits(scenes)]
+
+
 class _Place(NamedTuple):
     row: float
     col: float

@@ -6,10 +6,11 @@ A sample is a picture (``.jpg``, ``.jpeg``, ``.png`` or ``.webp``) with a ``.cls
 ``.mask.png`` of class ids.
 """
 
+import argparse
 import io
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ class Shards:
                     yield image, _class_of(value, key)
         except (tarfile.TarError, ValueError, KeyError) as error:  # what a shard lacks
             raise TrainingError(f"cannot read the shards {names[0]}, ...: {error}") from error
+
+
+def open_shards(args: argparse.Namespace, splits: Sequence[str], *, is_mask: bool) -> list[Shards]:
+    """Shards to train on, and shards to be judged by.
+
+    Args:
+        args: Say the pattern as ``data``, and ``num_classes`` and ``samples``.
+        splits: Their names.
+        is_mask: Whether targets are masks.
+
+    Raises:
+        TrainingError: If something is not said, or the pattern names nothing.
+    """
+    if args.num_classes is None or args.samples is None:
+        raise TrainingError("shards do not say how much they hold: say --num-classes, --samples")
+    return [Shards(args.data, split, is_mask=is_mask, samples=args.samples) for split in splits]
 
 
 class Streamed(IterableDataset[Any]):

@@ -8,8 +8,7 @@ from timm.models import convnext, fastvit, focalnet, inception_next, metaformer,
 from torch import nn
 
 import tokenconv as tc
-from tokenconv.blocks.map_layers import LayerScale2d
-from tokenconv.blocks.maps import Residual
+from tokenconv.blocks.map_layers import LayerScale2d, Residual
 from tokenconv.blocks.official import load_official
 
 # --- timm's networks, with its weights in our blocks ---

@@ -19,6 +19,8 @@ import tokenconv as tc
 from tokenconv.blocks.official import SOURCES, load_official
 from tokenconv.blocks.reparam import DILATIONS
 
+from .conftest import Net, assert_same_on_maps, bn, dw, on_channels, pw, randomize_, scale
+
 D, ROWS, COLS = 24, 5, 7
 MIXERS = [name for name, info in tc.BLOCKS.items() if info.group == "mixer"]
 
@@ -28,56 +30,7 @@ def draw(*shape, scale=1.0):
     return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def randomize_(module):
-    """Values of its own for every parameter, and norms that have seen something."""
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            random = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            value.data.copy_(0.5 + random.abs() if "var" in key else 0.5 * random)
-    return module
-
-
 # --- references written from the published facts, where nothing can be imported ---
-
-
-class Net(nn.Module):
-    """Layers under their official names, and what runs them."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def nested(**layers):
-    return Net(None, **layers)
-
-
-def pw(a, b, **kwargs):
-    return nn.Conv2d(a, b, 1, **kwargs)
-
-
-def dw(dim, side, dilation=1, **kwargs):
-    reach = dilation * (side - 1) // 2
-    return nn.Conv2d(dim, dim, side, padding=reach, dilation=dilation, groups=dim, **kwargs)
-
-
-def bn(dim):
-    return nn.BatchNorm2d(dim)
-
-
-def scale(*shape):
-    return nn.Parameter(torch.zeros(*shape))
-
-
-def lin(layer, x):
-    """A linear layer, or a norm of tokens, on a map."""
-    return layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def grn(x, gamma, beta):
@@ -92,13 +45,13 @@ def van(sides=(5, 7), dilation=3):
         unit = m.spatial_gating_unit
         return m.proj_2(y * unit.conv1(unit.conv_spatial(unit.conv0(y)))) + x
 
-    unit = nested(conv0=dw(D, sides[0]), conv_spatial=dw(D, sides[1], dilation), conv1=pw(D, D))
+    unit = Net(conv0=dw(D, sides[0]), conv_spatial=dw(D, sides[1], dilation), conv1=pw(D, D))
     return Net(run, proj_1=pw(D, D), spatial_gating_unit=unit, proj_2=pw(D, D))
 
 
 def conv2former():
     def run(m, x):
-        y = lin(m.norm, x)
+        y = on_channels(m.norm, x)
         return m.proj(m.att(y) * m.v(y))
 
     att = nn.Sequential(pw(D, D), nn.GELU(), dw(D, 11))
@@ -115,12 +68,12 @@ def replknet(small=5, width=D):
         return x + m.pw2.bn(m.pw2.conv(F.relu(out)))
 
     def branch(side):
-        return nested(conv=dw(width, side, bias=False), bn=bn(width))
+        return Net(conv=dw(width, side, bias=False), bn=bn(width))
 
     kernels = {"lkb_origin": branch(13), **({"small_conv": branch(small)} if small else {})}
     return Net(
-        run, prelkb_bn=bn(D), pw1=nested(conv=pw(D, width, bias=False), bn=bn(width)),
-        large_kernel=nested(**kernels), pw2=nested(conv=pw(width, D, bias=False), bn=bn(D)),
+        run, prelkb_bn=bn(D), pw1=Net(conv=pw(D, width, bias=False), bn=bn(width)),
+        large_kernel=Net(**kernels), pw2=Net(conv=pw(width, D, bias=False), bn=bn(D)),
     )  # fmt: skip
 
 
@@ -155,15 +108,15 @@ def unireplknet(side):
     def run(m, x):
         y = m.norm(m.dwconv(x))
         gate = m.se.up(F.relu(m.se.down(y.mean((2, 3), keepdim=True)))).sigmoid()
-        y = F.gelu(lin(m.pwconv1[1], y * gate))
+        y = F.gelu(on_channels(m.pwconv1[1], y * gate))
         y = grn(y, m.act[1].gamma, m.act[1].beta)
-        return x + m.gamma[:, None, None] * m.pwconv2[2](lin(m.pwconv2[0], y))
+        return x + m.gamma[:, None, None] * m.pwconv2[2](on_channels(m.pwconv2[0], y))
 
-    norm = nested(gamma=scale(1, 1, 1, 4 * D), beta=scale(1, 1, 1, 4 * D))
+    norm = Net(gamma=scale(1, 1, 1, 4 * D), beta=scale(1, 1, 1, 4 * D))
     last = nn.Sequential(nn.Linear(4 * D, D, bias=False), nn.Identity(), bn(D))
     return Net(
         run, dwconv=dilated(side) if side > 5 else dw(D, side, bias=False), norm=bn(D),
-        se=nested(down=pw(D, D // 4), up=pw(D // 4, D)),
+        se=Net(down=pw(D, D // 4), up=pw(D // 4, D)),
         pwconv1=nn.Sequential(nn.Identity(), nn.Linear(D, 4 * D)),
         act=nn.Sequential(nn.GELU(), norm), pwconv2=last, gamma=scale(D),
     )  # fmt: skip
@@ -171,11 +124,11 @@ def unireplknet(side):
 
 def convnext_official(v2):
     def run(m, x):
-        y = F.gelu(lin(m.pwconv1, lin(m.norm, m.dwconv(x))))
-        y = lin(m.pwconv2, grn(y, m.grn.gamma, m.grn.beta) if v2 else y)
+        y = F.gelu(on_channels(m.pwconv1, on_channels(m.norm, m.dwconv(x))))
+        y = on_channels(m.pwconv2, grn(y, m.grn.gamma, m.grn.beta) if v2 else y)
         return x + (y if v2 else m.gamma[:, None, None] * y)
 
-    norm = nested(gamma=scale(1, 1, 1, 4 * D), beta=scale(1, 1, 1, 4 * D))
+    norm = Net(gamma=scale(1, 1, 1, 4 * D), beta=scale(1, 1, 1, 4 * D))
     own = {"grn": norm} if v2 else {"gamma": scale(D)}
     return Net(run, dwconv=dw(D, 7), norm=nn.LayerNorm(D, eps=1e-6), pwconv1=nn.Linear(D, 4 * D),
                pwconv2=nn.Linear(4 * D, D), **own)  # fmt: skip
@@ -193,10 +146,10 @@ def moganet():
         z = m.value.PW_conv(torch.cat(z, dim=1))
         return x + m.proj_2(F.silu(m.gate(y)) * F.silu(z))
 
-    value = nested(DW_conv0=dw(D, 5), DW_conv1=dw(second, 5, 2), DW_conv2=dw(third, 7, 3),
+    value = Net(DW_conv0=dw(D, 5), DW_conv1=dw(second, 5, 2), DW_conv2=dw(third, 7, 3),
                    PW_conv=pw(D, D))  # fmt: skip
     return Net(run, proj_1=pw(D, D), gate=pw(D, D), value=value, proj_2=pw(D, D),
-               sigma=nested(scale=scale(1, D, 1, 1)))  # fmt: skip
+               sigma=Net(scale=scale(1, D, 1, 1)))  # fmt: skip
 
 
 def uniformer():
@@ -208,13 +161,13 @@ def smt(heads, bias):
     part = D // heads
 
     def run(m, x):
-        s, outs = lin(m.s, x), []
+        s, outs = on_channels(m.s, x), []
         for i in range(heads):
             conv = getattr(m, f"local_conv_{i + 1}")
             outs.append(conv(s[:, i * part : (i + 1) * part]))
         mixed = [outs[i][:, c] for c in range(part) for i in range(heads)]
         y = m.proj1(F.gelu(m.bn(m.proj0(torch.stack(mixed, dim=1)))))
-        return lin(m.proj, y * lin(m.v, x))
+        return on_channels(m.proj, y * on_channels(m.v, x))
 
     convs = {f"local_conv_{i + 1}": dw(part, 3 + 2 * i) for i in range(heads)}
     return Net(run, v=nn.Linear(D, D, bias=bias), s=nn.Linear(D, D, bias=bias), **convs,
@@ -227,9 +180,9 @@ class RepMixerOfficial(Net):
 
     def __init__(self):
         def part(convs):
-            branch = {"rbr_conv": nn.ModuleList([nested(conv=dw(D, 3, bias=False), bn=bn(D))]),
-                      "rbr_scale": nested(conv=dw(D, 1, bias=False), bn=bn(D))}  # fmt: skip
-            return nested(**(branch if convs else {}), rbr_skip=bn(D))
+            branch = {"rbr_conv": nn.ModuleList([Net(conv=dw(D, 3, bias=False), bn=bn(D))]),
+                      "rbr_scale": Net(conv=dw(D, 1, bias=False), bn=bn(D))}  # fmt: skip
+            return Net(**(branch if convs else {}), rbr_skip=bn(D))
 
         super().__init__(self.official, mixer=part(True), norm=part(False))
         self.layer_scale = scale(D, 1, 1)
@@ -349,24 +302,8 @@ def test_mixer_is_that_of_its_paper(label, scale, training):
     ours, theirs, pairs = build(label)
     ours.train(training)
     theirs.train(training)
-    for rows, cols in [(ROWS, COLS), (8, 5)]:  # two steps
-        fmap = draw(2, D, rows, cols, scale=scale).requires_grad_()
-        results = []
-        for module in (ours, theirs):
-            out = module(fmap)
-            parameters = dict(module.named_parameters())
-            keys = pairs.values() if module is theirs else pairs
-            wanted = [parameters[key] for key in keys if key in parameters]
-            grads = torch.autograd.grad(out.sin().sum(), [fmap, *wanted])
-            results.append([out, *(grad.flatten() for grad in grads)])
-        for mine, other in zip(*results, strict=True):
-            largest = float(other.detach().abs().max())  # zero, but for rounding, before a norm
-            torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * largest + 1e-12)
-    for mine, other in pairs.items():
-        if "running" in mine:
-            torch.testing.assert_close(
-                ours.state_dict()[mine], theirs.state_dict()[other], rtol=1e-9, atol=1e-13
-            )
+    fmaps = [draw(2, D, *size, scale=scale) for size in ((ROWS, COLS), (8, 5))]
+    assert_same_on_maps(ours, theirs, pairs, fmaps, atol=1e-12)
 
 
 def test_every_source_of_a_mixer_is_tested_and_named_by_the_paper_that_it_is_of():

@@ -25,67 +25,28 @@ from transformers.models.segformer.modeling_segformer import SegformerMixMLP
 import tokenconv as tc
 from tokenconv.blocks.official import SOURCES, load_official
 
+from .conftest import Net, bn, dw, on_channels, pw, randomize_, scale
+
 D, H, ROWS, COLS = 16, 64, 4, 6
-
-
-class Net(nn.Module):
-    """Layers under their official names, and what runs them."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            if isinstance(layer, nn.Parameter):
-                self.register_parameter(name, layer)
-            else:
-                self.add_module(name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def pw(a, b, **kwargs):
-    return nn.Conv2d(a, b, 1, **kwargs)
-
-
-def dw(a, side=3, **kwargs):
-    return nn.Conv2d(a, a, side, padding=side // 2, groups=a, **kwargs)
-
-
-def lin(layer, x):
-    """A linear layer, or a norm of tokens, on a map."""
-    return layer(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def bn(dim):
-    return nn.BatchNorm2d(dim)
-
-
-def scale(*shape):
-    return nn.Parameter(torch.zeros(*shape))
-
-
-def nested(**layers):
-    return Net(None, **layers)
 
 
 def mix(conv=False, residual=False):
     def run(m, x):
-        x = m.fc1(x) if conv else lin(m.fc1, x)
+        x = m.fc1(x) if conv else on_channels(m.fc1, x)
         y = m.dwconv.dwconv(x)
         x = F.gelu(x + y if residual else y)
-        return m.fc2(x) if conv else lin(m.fc2, x)
+        return m.fc2(x) if conv else on_channels(m.fc2, x)
 
     layer = pw if conv else nn.Linear
-    return Net(run, fc1=layer(D, H), dwconv=nested(dwconv=dw(H)), fc2=layer(H, D))
+    return Net(run, fc1=layer(D, H), dwconv=Net(dwconv=dw(H)), fc2=layer(H, D))
 
 
 def biformer():
     def run(m, x):
         parts = m.mlp
-        return lin(parts[3], F.gelu(parts[1].dwconv(lin(parts[0], x))))
+        return on_channels(parts[3], F.gelu(parts[1].dwconv(on_channels(parts[0], x))))
 
-    mlp = nn.Sequential(nn.Linear(D, H), nested(dwconv=dw(H)), nn.GELU(), nn.Linear(H, D))
+    mlp = nn.Sequential(nn.Linear(D, H), Net(dwconv=dw(H)), nn.GELU(), nn.Linear(H, D))
     return Net(run, mlp=mlp)
 
 
@@ -131,13 +92,13 @@ def localvit(act):
 
 def uformer():
     def run(m, x):
-        x = F.gelu(m.dwconv[0](F.gelu(lin(m.linear1[0], x))))
-        x = lin(m.linear2[0], x)
+        x = F.gelu(m.dwconv[0](F.gelu(on_channels(m.linear1[0], x))))
+        x = on_channels(m.linear2[0], x)
         return x * torch.sigmoid(m.eca.conv(x.mean((2, 3))[:, None])[:, 0])[..., None, None]
 
     return Net(run, linear1=nn.Sequential(nn.Linear(D, H)), dwconv=nn.Sequential(dw(H)),
                linear2=nn.Sequential(nn.Linear(H, D)),
-               eca=nested(conv=nn.Conv1d(1, 1, 3, padding=1, bias=False)))  # fmt: skip
+               eca=Net(conv=nn.Conv1d(1, 1, 3, padding=1, bias=False)))  # fmt: skip
 
 
 def restormer():
@@ -152,25 +113,25 @@ def restormer():
 
 def transnext():
     def run(m, x):
-        x, v = lin(m.fc1, x).chunk(2, dim=1)
-        return lin(m.fc2, F.gelu(m.dwconv.dwconv(x)) * v)
+        x, v = on_channels(m.fc1, x).chunk(2, dim=1)
+        return on_channels(m.fc2, F.gelu(m.dwconv.dwconv(x)) * v)
 
     g = int(2 * H / 3)
-    return Net(run, fc1=nn.Linear(D, 2 * g), dwconv=nested(dwconv=dw(g)), fc2=nn.Linear(g, D))
+    return Net(run, fc1=nn.Linear(D, 2 * g), dwconv=Net(dwconv=dw(g)), fc2=nn.Linear(g, D))
 
 
 def rmt():
     def run(m, x):
-        x = F.gelu(lin(m.fc1, x))
-        return lin(m.fc2, x + lin(m.ffn_layernorm, m.dwconv.conv(x)))
+        x = F.gelu(on_channels(m.fc1, x))
+        return on_channels(m.fc2, x + on_channels(m.ffn_layernorm, m.dwconv.conv(x)))
 
     return Net(run, fc1=nn.Linear(D, H), fc2=nn.Linear(H, D),
-               ffn_layernorm=nn.LayerNorm(H, eps=1e-6), dwconv=nested(conv=dw(H)))  # fmt: skip
+               ffn_layernorm=nn.LayerNorm(H, eps=1e-6), dwconv=Net(conv=dw(H)))  # fmt: skip
 
 
 def conv2former():
     def run(m, x):
-        x = F.gelu(m.fc1(lin(m.norm, x)))
+        x = F.gelu(m.fc1(on_channels(m.norm, x)))
         return m.fc2(x + F.gelu(m.pos(x)))
 
     return Net(run, norm=nn.LayerNorm(D, eps=1e-6), fc1=pw(D, H), pos=dw(H), fc2=pw(H, D))
@@ -193,20 +154,20 @@ def moganet():
         return m.fc2(x + m.sigma.scale * (x - F.gelu(m.decompose(x))))
 
     return Net(run, fc1=pw(D, H), dwconv=dw(H), fc2=pw(H, D), decompose=pw(H, 1),
-               sigma=nested(scale=scale(1, H, 1, 1)))  # fmt: skip
+               sigma=Net(scale=scale(1, H, 1, 1)))  # fmt: skip
 
 
 def convmlp():
     def mlp(part, x):
-        return lin(part.fc2, F.gelu(lin(part.fc1, x)))
+        return on_channels(part.fc2, F.gelu(on_channels(part.fc1, x)))
 
     def run(m, x):
-        x = x + mlp(m.channel_mlp1, lin(m.norm1, x))
-        x = m.connect(lin(m.connect_norm, x))
-        return x + mlp(m.channel_mlp2, lin(m.norm2, x))
+        x = x + mlp(m.channel_mlp1, on_channels(m.norm1, x))
+        x = m.connect(on_channels(m.connect_norm, x))
+        return x + mlp(m.channel_mlp2, on_channels(m.norm2, x))
 
     def part():
-        return nested(fc1=nn.Linear(D, 2 * D), fc2=nn.Linear(2 * D, D))
+        return Net(fc1=nn.Linear(D, 2 * D), fc2=nn.Linear(2 * D, D))
 
     norms = {name: nn.LayerNorm(D) for name in ("norm1", "connect_norm", "norm2")}
     return Net(run, channel_mlp1=part(), connect=dw(D, bias=False), channel_mlp2=part(), **norms)
@@ -217,20 +178,20 @@ def replknet():
         y = m.pw1.bn(m.pw1.conv(m.preffn_bn(x)))
         return x + m.pw2.bn(m.pw2.conv(F.gelu(y)))
 
-    return Net(run, preffn_bn=bn(D), pw1=nested(conv=pw(D, H, bias=False), bn=bn(H)),
-               pw2=nested(conv=pw(H, D, bias=False), bn=bn(D)))  # fmt: skip
+    return Net(run, preffn_bn=bn(D), pw1=Net(conv=pw(D, H, bias=False), bn=bn(H)),
+               pw2=Net(conv=pw(H, D, bias=False), bn=bn(D)))  # fmt: skip
 
 
 def unireplknet():
     def run(m, x):
-        x = F.gelu(lin(m.pwconv1[1], x)).movedim(1, -1)
+        x = F.gelu(on_channels(m.pwconv1[1], x)).movedim(1, -1)
         norm = x.norm(dim=(1, 2), keepdim=True)
         share = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         grn = m.act[1]
         x = (grn.gamma * (x * share) + grn.beta + x).movedim(-1, 1)
-        return m.pwconv2[2](lin(m.pwconv2[0], x))
+        return m.pwconv2[2](on_channels(m.pwconv2[0], x))
 
-    grn = nested(gamma=scale(1, 1, 1, H), beta=scale(1, 1, 1, H))
+    grn = Net(gamma=scale(1, 1, 1, H), beta=scale(1, 1, 1, H))
     last = nn.Sequential(nn.Linear(H, D, bias=False), nn.Identity(), bn(D))
     return Net(run, pwconv1=nn.Sequential(nn.Identity(), nn.Linear(D, H)),
                act=nn.Sequential(nn.GELU(), grn), pwconv2=last)  # fmt: skip
@@ -241,8 +202,8 @@ def convpass():
         return x * torch.sigmoid(1.702 * x)
 
     def run(m, x):
-        y = gelu(m.adapter_conv(gelu(lin(m.adapter_down, x))))
-        return lin(m.adapter_up, y)
+        y = gelu(m.adapter_conv(gelu(on_channels(m.adapter_down, x))))
+        return on_channels(m.adapter_up, y)
 
     return Net(run, adapter_conv=nn.Conv2d(8, 8, 3, padding=1), adapter_down=nn.Linear(D, 8),
                adapter_up=nn.Linear(8, D))  # fmt: skip
@@ -266,7 +227,7 @@ def conv_lora():
             rows.append(F.interpolate(made, size=(ROWS, COLS), mode="bicubic") if i else made)
         return 32 / 3 * F.conv2d(y + torch.cat(rows), m.lora_B[..., None, None])
 
-    gating = nested(w_gate=scale(3, 8), w_noise=scale(3, 8))
+    gating = Net(w_gate=scale(3, 8), w_noise=scale(3, 8))
     gating.register_buffer("mean", torch.zeros(1))
     gating.register_buffer("std", torch.ones(1))
     experts = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.GELU()) for _ in range(8)]
@@ -276,13 +237,13 @@ def conv_lora():
 
 def mona():
     def run(m, x):
-        y = lin(m.norm, x) * m.gamma[:, None, None] + x * m.gammax[:, None, None]
-        y = lin(m.project1, y)
+        y = on_channels(m.norm, x) * m.gamma[:, None, None] + x * m.gammax[:, None, None]
+        y = on_channels(m.project1, y)
         op = m.adapter_conv
         y = (op.conv1(y) + op.conv2(y) + op.conv3(y)) / 3 + y
-        return x + lin(m.project2, F.gelu(y + op.projector(y)))
+        return x + on_channels(m.project2, F.gelu(y + op.projector(y)))
 
-    op = nested(conv1=dw(64), conv2=dw(64, 5), conv3=dw(64, 7), projector=pw(64, 64))
+    op = Net(conv1=dw(64), conv2=dw(64, 5), conv3=dw(64, 7), projector=pw(64, 64))
     return Net(run, gamma=scale(D), gammax=scale(D), project1=nn.Linear(D, 64),
                project2=nn.Linear(64, D), adapter_conv=op, norm=nn.LayerNorm(D))  # fmt: skip
 
@@ -296,7 +257,7 @@ def rep_adapter():
 
 
 def adaptformer():
-    return Net(lambda m, x: 0.1 * lin(m.up_proj, F.relu(lin(m.down_proj, x))),
+    return Net(lambda m, x: 0.1 * on_channels(m.up_proj, F.relu(on_channels(m.down_proj, x))),
                down_proj=nn.Linear(D, 64), up_proj=nn.Linear(64, D))  # fmt: skip
 
 
@@ -328,12 +289,12 @@ def esp(stride):
         return m.act(m.bn(out)) if stride == 2 else m.bn.act(m.bn.bn(out + x))
 
     def part(wide, dilation):
-        return nested(conv=nn.Conv2d(3, wide, 3, padding=dilation, dilation=dilation, bias=False))
+        return Net(conv=nn.Conv2d(3, wide, 3, padding=dilation, dilation=dilation, bias=False))
 
     first = nn.Conv2d(D, 3, 3, 2, 1, bias=False) if stride == 2 else pw(D, 3, bias=False)
     norm, act = nn.BatchNorm2d(D, eps=1e-3), nn.PReLU(D)
-    last = {"bn": norm, "act": act} if stride == 2 else {"bn": nested(bn=norm, act=act)}
-    return Net(run, c1=nested(conv=first), d1=part(D - 12, 1), d2=part(3, 2), d4=part(3, 4),
+    last = {"bn": norm, "act": act} if stride == 2 else {"bn": Net(bn=norm, act=act)}
+    return Net(run, c1=Net(conv=first), d1=part(D - 12, 1), d2=part(3, 2), d4=part(3, 4),
                d8=part(3, 8), d16=part(3, 16), **last)  # fmt: skip
 
 
@@ -345,7 +306,7 @@ def resdsc():
 
     def separable():
         depthwise = nn.ModuleList([dw(D, bias=False)])
-        return nested(depthwise=depthwise, pointwise=pw(D, D, bias=False))
+        return Net(depthwise=depthwise, pointwise=pw(D, D, bias=False))
 
     norms = {f"bns{i}": nn.ModuleList([bn(D)]) for i in (1, 2)}
     return Net(run, SeparableConv2d1=separable(), SeparableConv2d2=separable(), **norms)
@@ -411,7 +372,7 @@ CASES = {
     "replknet": ("replknet", "replknet_ffn", {}, replknet),
     "unireplknet": ("unireplknet", "unireplknet_ffn", {}, unireplknet),
     "mambaout": ("mambaout", "gated_cnn", {"conv_ratio": 0.5}, lambda: Net(
-        lambda m, x: lin(m.block, x), block=mambaout.GatedConvBlock(D, conv_ratio=0.5))),
+        lambda m, x: on_channels(m.block, x), block=mambaout.GatedConvBlock(D, conv_ratio=0.5))),
     "twins": ("twins", "peg", {}, lambda: OnTokens(twins.PosConv(D, D), pair=True)),
     "coat": ("coat", "cpe", {}, lambda: OnTokens(coat.ConvPosEnc(D), pair=True, prefix=True)),
     "xcit": ("xcit", "lpi", {}, lambda: OnTokens(xcit.LPI(D))),
@@ -473,15 +434,6 @@ def official_state(name, theirs):
     return {key.removeprefix(shell or ""): value for key, value in state.items()}
 
 
-def randomize_(module):
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            draw = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            value.data.copy_(0.5 + draw.abs() if "var" in key else 0.5 * draw)
-    return module
-
-
 def draw(dim):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(3, dim, ROWS, COLS, generator=generator, dtype=torch.float64)
@@ -510,7 +462,7 @@ def test_official_weights_give_the_official_output(name):
 
 
 def test_three_scales_load_as_well():
-    theirs = randomize_(Net(None, fc1=nn.Linear(D, 4), dwconv=nested(dwconv=dw(4)),
+    theirs = randomize_(Net(fc1=nn.Linear(D, 4), dwconv=Net(dwconv=dw(4)),
                             fc2=nn.Linear(4, D)))  # fmt: skip
     ours = tc.create_block("multi_scale_ffn", D)
     load_official(ours, theirs.state_dict(), source="vit_adapter")

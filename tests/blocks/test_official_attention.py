@@ -28,24 +28,10 @@ from torch import nn
 import tokenconv as tc
 from tokenconv.blocks.official import SOURCES, load_official
 
+from .conftest import Net, dw, randomize_
+
 D, N, ROWS, COLS = 16, 2, 4, 6
 SILU = LayerFn(conv_norm_act=partial(ConvNormAct, act_layer=nn.SiLU), act=nn.SiLU)
-
-
-class Net(nn.Module):
-    """Layers under their official names, and what runs them on tokens."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            if isinstance(layer, nn.Parameter):
-                self.register_parameter(name, layer)
-            else:
-                self.add_module(name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def shell(module, call=None, maps=False):
@@ -71,10 +57,6 @@ def spread(x):
 
 def line(fmap):
     return fmap.flatten(2).transpose(1, 2)
-
-
-def dw(dim, side=3, **kwargs):
-    return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim, **kwargs)
 
 
 def lin(bias=False, out=D, dim=D):
@@ -135,7 +117,7 @@ def cswin():
             outs.append(own + line(branch.get_v(spread(v[..., part]))))
         return m.proj(torch.cat(outs, -1))
 
-    branches = [Net(None, get_v=dw(D // 2)) for _ in range(2)]
+    branches = [Net(get_v=dw(D // 2)) for _ in range(2)]
     return Net(run, qkv=lin(out=3 * D), attns=nn.ModuleList(branches), proj=lin(True))
 
 
@@ -193,9 +175,9 @@ def iformer():
         y = torch.cat([a, b, F.interpolate(c, scale_factor=2, mode="nearest")], 1)
         return line(m.proj(y + m.conv_fuse(y)))
 
-    high = Net(None, conv1=nn.Conv2d(4, 8, 1, bias=False), proj1=dw(8, bias=False),
+    high = Net(conv1=nn.Conv2d(4, 8, 1, bias=False), proj1=dw(8, bias=False),
                proj2=nn.Conv2d(4, 8, 1))  # fmt: skip
-    return Net(run, high_mixer=high, low_mixer=Net(None, qkv=lin(out=24, dim=8)),
+    return Net(run, high_mixer=high, low_mixer=Net(qkv=lin(out=24, dim=8)),
                conv_fuse=dw(24, bias=False), proj=nn.Conv2d(24, D, 1))  # fmt: skip
 
 
@@ -256,15 +238,6 @@ CASES = {
     "edgenext": ("edgenext", "sdta", {**HEADS, "num_scales": 3}, edgenext_official),
     "iformer": ("iformer", "inception_mixer", HEADS, iformer),
 }  # fmt: skip
-
-
-def randomize_(module):
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            draw = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            value.data.copy_(0.5 + draw.abs() if "var" in key else 0.5 * draw)
-    return module
 
 
 @pytest.mark.parametrize("name", CASES)

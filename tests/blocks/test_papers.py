@@ -15,6 +15,8 @@ from torch import nn
 
 import tokenconv as tc
 
+from .conftest import randomize_
+
 DIM = 10
 
 
@@ -209,15 +211,6 @@ PAPERS = {
     "conv_mlp": ("conv_mlp", {}, convmlp),
     "gated_cnn": ("gated_cnn", {}, mambaout),
 }
-
-
-def randomize_(module):
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            draw = torch.randn(value.shape, dtype=value.dtype, generator=generator)
-            value.data.copy_(0.5 + draw.abs() if "var" in key else 0.5 * draw)
-    return module
 
 
 def build(name, **kwargs):

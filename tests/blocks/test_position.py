@@ -12,6 +12,8 @@ from transformers.models.pvt.modeling_pvt import PvtPatchEmbeddings
 
 import tokenconv as tc
 
+from .conftest import randomize_
+
 DIM = 12
 
 
@@ -69,15 +71,6 @@ ENCODINGS = {
     "dpe": lambda: OnMaps(LiteralEncoding()),
     "rep_cpe": lambda: OnMaps(RepConditionalPosEnc(DIM)),
 }
-
-
-def randomize_(module):
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            draw = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            value.data.copy_(0.5 + draw.abs() if "var" in key else 0.5 * draw)
-    return module
 
 
 def assert_same(ours, theirs, rows, cols):

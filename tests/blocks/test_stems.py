@@ -23,32 +23,9 @@ from tokenconv.blocks.maps import MapBlock
 from tokenconv.blocks.official import SOURCES, load_official
 from tokenconv.blocks.stems import Stem as OurStem
 
+from .conftest import Net, bn, on_channels, randomize_
+
 D = 24
-
-
-class Net(nn.Module):
-    """Layers under their official names, and what runs them; without that, one after another."""
-
-    def __init__(self, run=None, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x):
-        if self.run is not None:
-            return self.run(self, x)
-        for layer in self.children():
-            x = layer(x)
-        return x
-
-
-def ln(layer, fmap):
-    return layer(fmap.movedim(1, -1)).movedim(-1, 1)
-
-
-def bn(dim):
-    return nn.BatchNorm2d(dim)
 
 
 def conv(dim, out_dim, side, stride=1, padding=None, bias=False):
@@ -59,7 +36,7 @@ def conv(dim, out_dim, side, stride=1, padding=None, bias=False):
 def embed(side, stride, padding, dim=3, eps=1e-5):
     """One convolution and a norm, under the names that most have."""
     proj = conv(dim, D, side, stride, padding, bias=True)
-    return Net(lambda m, x: ln(m.norm, m.proj(x)), proj=proj, norm=nn.LayerNorm(D, eps))
+    return Net(lambda m, x: on_channels(m.norm, m.proj(x)), proj=proj, norm=nn.LayerNorm(D, eps))
 
 
 def convnext(later):
@@ -112,7 +89,7 @@ def head(side, depth):
     for _ in range(depth):
         rows += [conv(D, D, 3), bn(D), nn.ReLU()]
     steps = nn.Sequential(*rows, conv(D, D, 2, 2, 0, bias=True))
-    return Net(lambda m, x: ln(m.norm, m.conv(x)), conv=steps, norm=nn.LayerNorm(D))
+    return Net(lambda m, x: on_channels(m.norm, m.conv(x)), conv=steps, norm=nn.LayerNorm(D))
 
 
 class MobileViT(nn.Module):
@@ -182,15 +159,6 @@ STEMS = [name for name, info in tc.BLOCKS.items() if info.kind == "stem"]
 def draw(*shape):
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def randomize_(module):
-    generator = torch.Generator().manual_seed(0)
-    for key, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point():
-            random = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            value.data.copy_(0.5 + random.abs() if "var" in key else 0.3 * random)
-    return module
 
 
 def as_map(theirs, images):

@@ -363,6 +363,18 @@ def test_module_runs_as_a_command(tmp_path: Path):
     assert content["about"]["allocator"] == keeps
 
 
+@pytest.mark.parametrize("words", [["list"], ["list", "--markdown"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]):
+    with subprocess.Popen(
+        [sys.executable, "-m", "tokenconv", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as head does
+        assert (process.wait(240), process.stderr.read()) == (141, "")
+
+
 def test_module_passes_the_exit_status_on(tmp_path: Path):
     done = module(tmp_path, "plan", "test_vit", "--block", "mix_ff")
     assert (done.returncode, done.stdout) == (1, "")

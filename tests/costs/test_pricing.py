@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenconv as tc
 from tokenconv.blocks.ffn import MultiScaleFFN
-from tokenconv.costs import Category, formulas
+from tokenconv.costs import Category, formulas, meta_copy
 from tokenconv.costs.meter import AttentionAsOne, Meter
 from tokenconv.layers import DWConv3d
 
@@ -165,6 +165,14 @@ def test_costing_leaves_the_model_alone_and_takes_no_memory():
     assert tc.cost(model, (3, 224, 224)).macs > 250e9
     assert model.training
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def test_tensors_that_are_plain_attributes_are_weightless_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.table, model.scale = torch.ones(4, 8, 8), torch.tensor(2.0)
+    meta = meta_copy(model)
+    assert (meta.table.device.type, meta.table.shape) == ("meta", (4, 8, 8))
+    assert meta.scale.device.type == model.table.device.type == "cpu"
 
 
 def test_unknown_sites_list_the_nearest():

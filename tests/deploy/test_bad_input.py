@@ -146,6 +146,15 @@ def test_a_missing_extra(refused, small, monkeypatch):
     refused(small, r"ONNX files need onnxscript.*pip install 'tokenconv\[deploy\]'", "a.onnx")
 
 
+def test_programs_for_phones(refused, small, monkeypatch):
+    options = {"name": "a.pte", "to": "executorch"}
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    message = r"programs for phones need executorch.*pip install 'tokenconv\[phone\]'"
+    refused(small, message, dynamic=(), **options)
+    monkeypatch.setitem(sys.modules, "executorch.exir", sys)
+    refused(small, r"plans its memory for one shape of images: pass dynamic=\(\)", **options)
+
+
 def test_a_dtype_that_the_runtime_does_not_compute(refused, small):
     message = "cannot be written as onnx: .*Could not find an implementation for Conv"
     refused(small, message, "a.onnx", dtype=torch.float64)

@@ -3,15 +3,19 @@
 import copy
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 import tokenconv as tc
 from tokenconv.deploy import Target
 from tokenconv.deploy.targets import onnx_nodes
+
+from .conftest import shaken
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -122,6 +126,25 @@ def test_a_compiled_package_equals_the_model(hybrid, tmp_path):
     with torch.no_grad():
         for shape in UNSEEN:
             assert off(run(images_of(shape)), hybrid(images_of(shape))) < 1e-4, shape
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of executorch, about itself
+def test_a_program_for_phones_equals_the_model(tmp_path):
+    pytest.importorskip("executorch", reason="the extra phone is not part of dev: it is large")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=(96, 64), dynamic_img_size=False, num_classes=7)
+    plan = tc.plan(model, "mix_ffn") + tc.plan(model, "separable_ffn")
+    model = shaken(tc.insert_(model, plan))
+    path = tmp_path / "hybrid.pte"
+    options = {"to": "executorch", "input_size": (3, 96, 64), "dynamic": (), "batch_size": 2}
+    report = tc.export(model, path, **options)
+    assert [one.shape for one in report.checked] == [(2, 3, 96, 64)]
+    runtime = import_module("executorch.runtime").Runtime.get()
+    method = runtime.load_program(path).load_method("forward")
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert off(method.execute([images])[0], model(images)) < 1e-4
 
 
 def test_the_model_is_left_alone(small, tmp_path):

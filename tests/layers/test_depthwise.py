@@ -1,11 +1,13 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import tokenconv as tc
+from tokenconv.layers import unlike_dwconv
 
 
 def as_conv2d(layer, x, rows, cols):
@@ -118,3 +120,36 @@ def test_compiles_without_graph_break():
     for grid in (tc.TokenGrid((3, 5), 1), tc.TokenGrid((4, 2), 1)):
         x = torch.randn(2, grid.num_tokens, 6)
         torch.testing.assert_close(compiled(x, grid), layer(x, grid), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "why"),
+    [
+        ({}, ""),
+        ({"padding": "same"}, ""),
+        ({"dilation": 2, "padding": 2}, ""),
+        ({"kernel_size": 1, "padding": 0}, ""),
+        ({"groups": 3}, "it has 3 groups for 6 -> 6 channels"),
+        ({"out_channels": 12}, "it has 6 groups for 6 -> 12 channels"),
+        ({"stride": (1, 2)}, r"it has a stride of \(1, 2\)"),
+        ({"dilation": (1, 2), "padding": (1, 2)}, r"it has a dilation of \(1, 2\)"),
+        (
+            {"kernel_size": (3, 5), "padding": (1, 2)},
+            r"its kernel of \(3, 5\) is not odd and square",
+        ),
+        ({"kernel_size": 4, "padding": "same"}, r"its kernel of \(4, 4\) is not odd and square"),
+        ({"padding": 0}, "its padding does not keep the size with zeros"),
+        ({"dilation": 2}, "its padding does not keep the size with zeros"),
+        ({"padding_mode": "reflect"}, "its padding does not keep the size with zeros"),
+    ],
+)
+def test_says_which_convolutions_it_computes(kwargs, why):
+    usual = {"in_channels": 6, "out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 6}
+    conv = nn.Conv2d(**{**usual, **kwargs})
+    assert re.fullmatch(why, unlike_dwconv(conv))
+    if not why:
+        layer = tc.DWConv(6, conv.kernel_size[0], dilation=conv.dilation[0])
+        layer.load_state_dict(conv.state_dict())
+        fmap = torch.randn(2, 6, 5, 7)
+        out = layer(tc.map_to_tokens(fmap), 5, 7)
+        torch.testing.assert_close(out, tc.map_to_tokens(conv(fmap)), rtol=1e-5, atol=1e-6)

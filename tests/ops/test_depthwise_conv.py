@@ -180,6 +180,8 @@ def test_forced_implementation_is_the_one_that_runs(monkeypatch):
         ({"weight": torch.zeros(6, 1, 4, 4)}, "odd kernel side, got 4"),
         ({"weight": torch.zeros(6, 1, 3, 5)}, r"\(6, 1, K, K\) for 6 channels"),
         ({"weight": torch.zeros(6, 6, 3, 3)}, r"got \(6, 6, 3, 3\)"),
+        ({"weight": torch.zeros(6, 1, 3)}, r"got \(6, 1, 3\)"),
+        ({"weight": torch.zeros(6, 1, 3, 3, 1)}, r"got \(6, 1, 3, 3, 1\)"),
         ({"weight": torch.zeros(4, 1, 3, 3)}, r"got \(4, 1, 3, 3\)"),
         ({"bias": torch.zeros(5)}, r"bias \(6,\), got \(5,\)"),
         ({"dilation": 0}, "dilation >= 1, got 0"),

@@ -184,6 +184,8 @@ def test_shapes_do_not_depend_on_data(how):
         (lambda x, w, g: tc.depthwise_conv(x[:1], w, None, g), tc.GridError,
          r"2 images of 10 tokens \(1 prefix \+ 9\), got .*\(1, 10, 4\)"),
         (lambda x, w, g: tc.depthwise_conv(x[:, 1:], w, None, g), tc.GridError, r"\(2, 9, 4\)"),
+        (lambda x, w, g: tc.depthwise_conv(x[..., None], w, None, g), tc.GridError,
+         r"got .*\(2, 10, 4, 1\)"),
         (lambda x, w, g: tc.depthwise_conv(x, w, None, g, impl="conv2d"), ValueError,
          "'conv2d' is refused: it takes no SparseGrid; take 'gather'; or leave impl out"),
         (lambda x, w, g: tc.depthwise_conv(x, w, None, (2, 5), impl="gather"), ValueError,

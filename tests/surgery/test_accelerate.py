@@ -22,7 +22,8 @@ from transformers.activations import ACT2FN
 import tokenconv as tc
 from tokenconv.blocks.chain import Chain
 from tokenconv.blocks.gated import Gate
-from tokenconv.surgery.accelerate import FusedActivation, activation_of
+from tokenconv.surgery.accelerate import FusedActivation
+from tokenconv.surgery.fusing import activation_of
 
 from .conftest import FAMILIES, randomize_
 

@@ -14,6 +14,7 @@ from tokenconv.analysis.convolutions import check_finite, find_dense, is_plain
 from tokenconv.analysis.factors import Factors, Order, factorise, full_rank, relative_error
 from tokenconv.analysis.refinement import Fit, refine_
 from tokenconv.analysis.separability import pair_macs, spectrum
+from tokenconv.costs import num_params
 from tokenconv.errors import AnalysisError
 
 _SPATIAL = ("stride", "padding", "dilation", "padding_mode")
@@ -284,17 +285,13 @@ def _described(conv: nn.Conv2d, pair: DecomposedConv, fit: Fit | None = None) ->
         pair.rank,
         full_rank(conv.weight, pair.order, conv.groups),
         error,
-        (_num_params(conv), _num_params(pair)),
+        (num_params(conv), num_params(pair)),
         (
             conv.weight.numel(),
             pair_macs(conv.weight, pair.rank, pair.order, groups=conv.groups, stride=stride),
         ),
         fit,
     )
-
-
-def _num_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:

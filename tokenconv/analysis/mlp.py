@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenconv.errors import AnalysisError
-from tokenconv.layers import DWConv
+from tokenconv.layers import DWConv, unlike_dwconv
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,10 @@ def expand_mlp(fc1: nn.Linear, conv: DWConv | nn.Conv2d) -> ExpandedMLP:
     References:
         Blueprint separable convolutions, https://arxiv.org/abs/2003.13549
     """
-    kernel, side = conv.weight, conv.weight.shape[-1]
+    kernel = conv.weight
     dilation: Any = conv.dilation if isinstance(conv, DWConv) else conv.dilation[0]
-    keeps = isinstance(conv, DWConv) or (
-        kernel.shape[1:] == (1, side, side)
-        and side % 2 == 1
-        and conv.stride == (1, 1)
-        and conv.dilation == (dilation, dilation)
-        and conv.padding in ("same", (dilation * (side // 2),) * 2)
-        and conv.padding_mode == "zeros"
-    )
-    if not keeps or len(kernel) != fc1.out_features:
+    other = isinstance(conv, nn.Conv2d) and unlike_dwconv(conv)
+    if other or len(kernel) != fc1.out_features:
         raise AnalysisError(
             f"expected a depthwise convolution of {fc1.out_features} channels, an odd square "
             f"kernel, stride 1 and zero padding that keeps the size, got {conv}"

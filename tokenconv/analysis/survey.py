@@ -14,7 +14,7 @@ from tokenconv.analysis.convolutions import find_dense
 from tokenconv.analysis.depthwise import DepthwiseKernels, depthwise_kernels
 from tokenconv.analysis.factors import Order
 from tokenconv.analysis.separability import Separability, pair_macs, separability
-from tokenconv.costs import cost
+from tokenconv.costs import cost, num_params
 from tokenconv.errors import AnalysisError
 
 ENERGIES = (0.8, 0.9, 0.95, 0.99)
@@ -183,7 +183,7 @@ def _layer(name: str, conv: nn.Conv2d, macs: int) -> DenseLayer:
         tuple(conv.weight.shape),
         stride,
         conv.groups,
-        sum(p.numel() for p in conv.parameters()),
+        num_params(conv),
         macs,
         separability(conv.weight, groups=conv.groups),
         {

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps, init_torch_
-from tokenconv.blocks.experts import ScaleExperts
+from tokenconv.blocks.chain import Chain, Local, Shortcut, Steps
+from tokenconv.blocks.scale_experts import ScaleExperts
+from tokenconv.blocks.starts import init_torch_
 from tokenconv.grid import AnyGrid, Grid
 from tokenconv.layers import DWConv, GridConv, GridModule, QuickGELU
 from tokenconv.ops.depthwise_conv import Impl

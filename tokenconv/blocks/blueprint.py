@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Steps
-from tokenconv.blocks.maps import MapBlock, conv, depthwise
+from tokenconv.blocks.map_layers import conv, depthwise
+from tokenconv.blocks.maps import MapBlock
 
 
 class BSConvU(MapBlock):

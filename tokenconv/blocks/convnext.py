@@ -7,18 +7,21 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokenconv.blocks.chain import Steps, init_by_group_, init_truncated_
-from tokenconv.blocks.map_layers import LayerNorm2d, LayerScale2d, Modulated, ResponseNorm2d
-from tokenconv.blocks.maps import (
-    MapBlock,
-    Mixer,
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import (
+    LayerNorm2d,
+    LayerScale2d,
+    Modulated,
+    ResponseNorm2d,
     conv,
     conv_norm,
     depthwise,
     depthwise_norm,
     divisible,
 )
+from tokenconv.blocks.maps import MapBlock, Mixer
 from tokenconv.blocks.mixers import inception
+from tokenconv.blocks.starts import init_by_group_, init_truncated_
 
 
 def _mlp(dim: int, hidden: int, act: nn.Module, *, grn: bool = False) -> Steps:

@@ -1,4 +1,4 @@
-"""Several convolutions, of which every image takes its own mixture, or one.
+"""Several convolutions, of which every image takes its own mixture.
 
 Convolution is linear in its kernel: mixing kernels is mixing their outputs, for the price of one.
 
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Steps, init_kaiming_
-from tokenconv.blocks.maps import MapBlock, conv, depthwise
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import conv, depthwise
+from tokenconv.blocks.maps import MapBlock
+from tokenconv.blocks.starts import init_kaiming_
 from tokenconv.errors import GridError
 
 
@@ -21,39 +23,23 @@ class ExpertConv(nn.Module):
     """A convolution with the kernel ``sum_e gate_e(x) * weight_e`` of an image's own gates.
 
     Args:
-        dim: Channels C.
-        out_dim: Channels O that come out.
-        side: Odd kernel side K.
+        one: Has the shape of every kernel, and the stride, padding and groups.
         routing: Makes gates ``(B, E)`` of the means of the channels ``(B, C)``.
         num_experts: Kernels E.
-        stride: Step of the convolution.
-        groups: Groups of channels.
         bias: Learn offsets, mixed as the kernels are.
 
     Raises:
-        ValueError: If ``groups`` does not divide both widths, or there is no expert.
+        ValueError: If there is no expert.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        side: int,
-        *,
-        routing: nn.Module,
-        num_experts: int,
-        stride: int = 1,
-        groups: int = 1,
-        bias: bool = False,
-    ):
+    def __init__(self, one: nn.Conv2d, routing: nn.Module, num_experts: int, *, bias: bool = False):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"expected num_experts >= 1, got {num_experts}")
-        one = conv(dim, out_dim, side, stride=stride, groups=groups)  # checks, and shapes
         self.routing = routing
-        self.stride, self.padding, self.groups = stride, side // 2, groups
+        self.stride, self.padding, self.groups = one.stride, one.padding, one.groups
         self.weight = nn.Parameter(torch.empty(num_experts, *one.weight.shape))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
+        self.bias = nn.Parameter(torch.empty(num_experts, one.out_channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,8 +75,9 @@ class ExpertConv(nn.Module):
         return out
 
 
+@torch.fx.wrap
 def _convolve_each(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, groups: int
 ) -> Tensor:
     """Every image with its own kernel ``(B, O, C/groups, K, K)``; one fx node."""
     if x.shape[0] == 0:  # no image, and no group
@@ -134,17 +121,8 @@ class CondConv(MapBlock):
     ) -> Steps:
         """See the class."""
         routing = nn.Sequential(nn.Linear(dim, max(1, num_experts)), nn.Sigmoid())
-        experts = ExpertConv(
-            dim,
-            out_dim,
-            side,
-            routing=routing,
-            num_experts=num_experts,
-            stride=stride,
-            groups=groups,
-            bias=bias,
-        )
-        return {"conv": experts}
+        one = conv(dim, out_dim, side, stride=stride, groups=groups)
+        return {"conv": ExpertConv(one, routing, num_experts, bias=bias)}
 
 
 class DynamicConv(MapBlock):
@@ -179,17 +157,8 @@ class DynamicConv(MapBlock):
         if temperature <= 0:
             raise ValueError(f"expected temperature > 0, got {temperature}")
         routing = _Softmax(dim, max(1, dim // 4), num_experts, temperature)
-        experts = ExpertConv(
-            dim,
-            out_dim,
-            side,
-            routing=routing,
-            num_experts=num_experts,
-            stride=stride,
-            groups=groups,
-            bias=bias,
-        )
-        return {"conv": experts}
+        one = conv(dim, out_dim, side, stride=stride, groups=groups)
+        return {"conv": ExpertConv(one, routing, num_experts, bias=bias)}
 
     @property
     def temperature(self) -> float:
@@ -294,17 +263,10 @@ class ResDSC(MapBlock):
 
 
 def _shared_depthwise(dim: int, side: int, stride: int, num_domains: int) -> nn.Module:
+    one = depthwise(dim, side, stride=stride)
     if num_domains == 1:
-        return depthwise(dim, side, stride=stride)
-    return ExpertConv(
-        dim,
-        dim,
-        side,
-        routing=_Softmax(dim, dim // 4 + 1, num_domains),
-        num_experts=num_domains,
-        stride=stride,
-        groups=dim,
-    )
+        return one
+    return ExpertConv(one, _Softmax(dim, dim // 4 + 1, num_domains), num_domains)
 
 
 class _AverageAndPad(nn.Module):
@@ -319,162 +281,9 @@ class _AverageAndPad(nn.Module):
         return F.pad(pooled, (0, 0, 0, 0, 0, self.more))
 
 
+@torch.fx.wrap
 def _average_patches(x: Tensor, side: int) -> Tensor:
     """One fx node, since its check cannot be traced symbolically."""
     if x.shape[-2] % side or x.shape[-1] % side:
         raise GridError(f"expected a size that {side} divides, got {tuple(x.shape[-2:])}")
     return F.avg_pool2d(x, side)
-
-
-class ScaleExperts(MapBlock):
-    """Convolutions at several scales, of which each image takes one: Conv-LoRA's mixture.
-
-    Expert i makes the map i times as large, ``GELU(conv3x3)`` runs on it, and it is made small
-    again. Prefix tokens become zero. Parameters: ``E*(K*K*C*C + C) + 2*C*E``.
-
-    Args besides those of ``MapBlock``:
-        num_experts: Convolutions E.
-        balance: Weight of what keeps them all in use, see ``NoisyTopOne``.
-
-    Raises:
-        ValueError: If there is a stride, or ``out_dim`` is not ``dim``.
-
-    References:
-        https://arxiv.org/abs/2401.17868
-    """
-
-    prefix_tokens = "vanish"
-
-    def steps(
-        self,
-        dim: int,
-        out_dim: int,
-        side: int,
-        stride: int,
-        num_experts: int = 8,
-        balance: float = 1e-2,
-    ) -> Steps:
-        """See the class."""
-        if stride != 1 or out_dim != dim or num_experts < 1:
-            raise ValueError(
-                f"expected stride 1, out_dim == dim and num_experts >= 1, got {stride=}, {dim=}, "
-                f"{out_dim=}, {num_experts=}"
-            )
-        experts = [_AtScale(dim, side, times) for times in range(1, num_experts + 1)]
-        return {"mixture": NoisyTopOne(dim, *experts, balance=balance)}
-
-    def reset_parameters(self) -> None:
-        """Initialise as the official code does: as torch's layers, biases zero."""
-        super().reset_parameters()
-        for key, parameter in self.named_parameters():
-            if key.endswith(".bias"):
-                nn.init.zeros_(parameter)
-
-
-class _AtScale(nn.Sequential):
-    """Convolution and activation on a map that is several times as large."""
-
-    def __init__(self, dim: int, side: int, times: int):
-        super().__init__(conv(dim, dim, side, bias=True), nn.GELU())
-        self.times = times
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.times == 1:
-            return super().forward(input)
-        size = (input.shape[2], input.shape[3])
-        large = (self.times * size[0], self.times * size[1])
-        out = super().forward(F.interpolate(input, size=large, mode="bicubic"))
-        return F.interpolate(out, size=size, mode="bicubic")
-
-
-class NoisyTopOne(nn.Module):
-    """Each image takes one of several experts, by the means of its channels.
-
-    In training the choice is noisy, and the gradient of ``balance`` times the squared coefficients
-    of variation, of how many images the experts got and of how many they were likely to get, is
-    added in the backward pass: the gates learn from nothing else. It is added as it is, whatever
-    the loss is multiplied by; a ``GradScaler`` makes it small.
-
-    Args:
-        dim: Channels C.
-        *experts: Modules on maps.
-        balance: Weight of the loss that keeps all experts in use.
-
-    References:
-        https://arxiv.org/abs/1701.06538
-    """
-
-    def __init__(self, dim: int, *experts: nn.Module, balance: float):
-        super().__init__()
-        self.balance = balance
-        self.w_gate = nn.Parameter(torch.empty(dim, len(experts)))
-        self.w_noise = nn.Parameter(torch.empty(dim, len(experts)))
-        self.experts = nn.ModuleList(experts)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start with all experts alike."""
-        nn.init.zeros_(self.w_gate)
-        nn.init.zeros_(self.w_noise)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run all experts, and give each image what its own made of it."""
-        outs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        balance = self.balance if self.training else None
-        return _take_one(outs, x.mean((2, 3)), self.w_gate, self.w_noise, balance)
-
-
-def _take_one(
-    outs: Tensor, means: Tensor, w_gate: Tensor, w_noise: Tensor, balance: float | None
-) -> Tensor:
-    """What the expert of each image made of it; one fx node, the same in both modes."""
-    clean = means @ w_gate
-    loss, logits = None, clean
-    if balance is not None:
-        std = F.softplus(means @ w_noise) + 1e-2
-        logits = clean + torch.randn_like(clean) * std
-        loss = balance * _imbalance(clean, logits, std)
-    images = torch.arange(outs.shape[0], device=outs.device)
-    out = outs[images, logits.argmax(dim=1)]
-    return out if loss is None else _WithLoss.apply(out, loss)
-
-
-for _checks in (
-    "_average_patches",
-    "_convolve_each",
-    "_take_one",
-):  # which cannot be traced symbolically
-    torch.fx.wrap(_checks)
-
-
-class _WithLoss(torch.autograd.Function):
-    """The first tensor as it is; the second counts as a part of the loss of the model.
-
-    A loss that is kept on the module instead would be lost by checkpoints, replicas and compilers.
-    """
-
-    @staticmethod
-    def forward(out: Tensor, loss: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], grads[0].new_ones(())
-
-
-def _imbalance(clean: Tensor, logits: Tensor, std: Tensor) -> Tensor:
-    """How unevenly images fall on experts, and were likely to fall."""
-    count = logits.shape[1]
-    if count == 1:
-        return logits.sum() * 0
-    highest, second = logits.topk(2, dim=1).values.unbind(dim=1)
-    won = logits > second[:, None]
-    to_beat = torch.where(won, second[:, None], highest[:, None])
-    load = torch.special.ndtr((clean - to_beat) / std).sum(0)
-    importance = F.one_hot(logits.argmax(dim=1), count).to(load.dtype).sum(0)
-    variations = [x.var() / (x.mean() ** 2 + 1e-10) for x in (importance, load)]
-    return torch.stack(variations).sum()

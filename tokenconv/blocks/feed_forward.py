@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tokenconv.blocks.chain import Chain, Steps, init_torch_
+from tokenconv.blocks.chain import Chain, Steps
+from tokenconv.blocks.starts import init_torch_
 from tokenconv.layers import DWConv
 from tokenconv.ops.depthwise_conv import Impl
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import (
-    Local,
-    Shortcut,
-    Steps,
+from tokenconv.blocks.chain import Local, Shortcut, Steps
+from tokenconv.blocks.feed_forward import FeedForward, Parts
+from tokenconv.blocks.starts import (
     init_kaiming_,
     init_linears_,
     init_pvt_,
@@ -22,9 +21,8 @@ from tokenconv.blocks.chain import (
     init_torch_,
     init_truncated_,
 )
-from tokenconv.blocks.feed_forward import FeedForward, Parts
 from tokenconv.errors import GridError, UnknownNameError
-from tokenconv.grid import AnyGrid, Grid, MultiGrid, TokenGrid, grid_of
+from tokenconv.grid import AnyGrid, Grid, MultiGrid, PrefixTokens, TokenGrid, grid_of
 from tokenconv.layers import (
     BatchNorm,
     EfficientChannelAttention,
@@ -191,7 +189,7 @@ class LeFF(FeedForward):
         https://arxiv.org/abs/2103.11816
     """
 
-    prefix_tokens = "pass"
+    prefix_tokens = PrefixTokens.PASS
 
     def steps(self, parts: Parts, with_bn: bool = True) -> Steps:
         """See the class."""
@@ -255,7 +253,7 @@ class LocalityFFN(FeedForward):
         https://arxiv.org/abs/2104.05707
     """
 
-    prefix_tokens = "pass"
+    prefix_tokens = PrefixTokens.PASS
 
     def steps(
         self, parts: Parts, act: str = "hs+se", reduction: int = 4, residual: bool = True

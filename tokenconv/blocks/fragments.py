@@ -5,6 +5,7 @@ from typing import Any
 
 from tokenconv.blocks.chain import Chain
 from tokenconv.blocks.maps import MapBlock
+from tokenconv.grid import PrefixTokens
 from tokenconv.layers import DWConv, SeparableConv
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -56,8 +57,8 @@ def branch_of(
                 f"keeps width and size, and the model adds the residual"
             )
         branch = block(dim, **{**fixed, **kwargs})
-        if branch.prefix_tokens == "pass":
-            branch.prefix_tokens = "vanish"
+        if branch.prefix_tokens == PrefixTokens.PASS:
+            branch.prefix_tokens = PrefixTokens.ZERO
         return branch
 
     return build

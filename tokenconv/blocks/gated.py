@@ -6,8 +6,9 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels, h hidden width, 
 import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Chain, Shortcut, Steps, init_pvt_, init_truncated_
+from tokenconv.blocks.chain import Chain, Shortcut, Steps
 from tokenconv.blocks.feed_forward import FeedForward, Parts
+from tokenconv.blocks.starts import init_pvt_, init_truncated_
 from tokenconv.grid import Grid
 from tokenconv.layers import DWConv, GridModule
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokenconv.blocks.chain import Steps, init_truncated_
-from tokenconv.blocks.maps import Mixer, Split, conv, depthwise
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import Split, conv, depthwise
+from tokenconv.blocks.maps import Mixer
+from tokenconv.blocks.starts import init_truncated_
 from tokenconv.layers import StarReLU
 
 

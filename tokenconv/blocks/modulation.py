@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Steps, init_by_group_, init_truncated_
-from tokenconv.blocks.map_layers import LayerNorm2d, Modulated
-from tokenconv.blocks.maps import ChannelShuffle, Mixer, Split, conv, depthwise
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import (
+    ChannelShuffle,
+    LayerNorm2d,
+    Modulated,
+    Split,
+    conv,
+    depthwise,
+)
+from tokenconv.blocks.maps import Mixer
+from tokenconv.blocks.starts import init_by_group_, init_truncated_
 
 
 class LKA(Mixer):

@@ -11,14 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import (
-    Chain,
-    init_kaiming_,
-    init_linears_,
-    init_pvt_,
-    init_torch_,
-)
-from tokenconv.grid import Grid, TokenGrid, map_to_tokens, tokens_to_map
+from tokenconv.blocks.chain import Chain
+from tokenconv.blocks.starts import init_kaiming_, init_linears_, init_pvt_, init_torch_
+from tokenconv.grid import Grid, PrefixTokens, TokenGrid, map_to_tokens, tokens_to_map
 from tokenconv.layers import BatchNorm, DWConv, GridModule
 from tokenconv.ops.depthwise_conv import Impl
 
@@ -170,6 +165,7 @@ class AbsPosEmbed(GridModule):
         return _add_position(x, self.pos_embed, self.size, grid)
 
 
+@torch.fx.wrap
 def _add_position(
     x: Tensor, pos_embed: Tensor, size: tuple[int, ...], grid: tuple[Grid, ...]
 ) -> Tensor:
@@ -182,9 +178,6 @@ def _add_position(
     if len(full.size) == 3:  # the same in every frame
         pos_embed = pos_embed.repeat(1, full.size[0], 1)
     return x + F.pad(pos_embed, (0, 0, full.num_prefix_tokens, 0)).to(x.dtype)
-
-
-torch.fx.wrap("_add_position")
 
 
 class LPI(Chain):
@@ -207,7 +200,7 @@ class LPI(Chain):
         https://arxiv.org/abs/2106.09681
     """
 
-    prefix_tokens = "pass"
+    prefix_tokens = PrefixTokens.PASS
 
     def __init__(
         self,
@@ -248,7 +241,7 @@ class TinyViTConv(Chain):
         https://arxiv.org/abs/2207.10666
     """
 
-    prefix_tokens = "pass"
+    prefix_tokens = PrefixTokens.PASS
 
     def __init__(self, dim: int, *, kernel_size: int = 3, impl: Impl | str | None = None):
         super().__init__(

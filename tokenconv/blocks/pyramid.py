@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.chain import Steps
-from tokenconv.blocks.maps import MapBlock, Parallel, Split, conv, depthwise, projection
+from tokenconv.blocks.map_layers import Parallel, Split, conv, depthwise
+from tokenconv.blocks.maps import MapBlock
 
 
 class PydMobileNet(MapBlock):
@@ -31,6 +32,7 @@ class PydMobileNet(MapBlock):
 
     kernel_size = (3, 5, 7)
     adds_input = True
+    projects_input = True
 
     def steps(
         self,
@@ -59,10 +61,6 @@ class PydMobileNet(MapBlock):
             "project": conv(wide, out_dim),
             "norm4": nn.BatchNorm2d(out_dim),
         }
-
-    def shortcut(self, dim: int, out_dim: int, stride: int) -> nn.Module:
-        """A 1x1 convolution and a norm, where width or size change."""
-        return projection(dim, out_dim, stride)
 
 
 class ESP(MapBlock):

@@ -3,28 +3,28 @@
 Shape letters: C channels, h hidden width, K kernel side.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Steps, check_foldable, init_truncated_
-from tokenconv.blocks.map_layers import LayerScale2d, ResponseNorm2d
-from tokenconv.blocks.maps import (
-    Mixer,
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.folding import check_foldable, merged_conv
+from tokenconv.blocks.map_layers import (
+    LayerScale2d,
     Parallel,
     Residual,
+    ResponseNorm2d,
     conv,
     conv_norm,
     depthwise,
     depthwise_norm,
     divisible,
-    silence_,
+    in_a_row,
     squeeze_excite,
 )
+from tokenconv.blocks.maps import Mixer
+from tokenconv.blocks.starts import init_truncated_, silence_
 
 
 class Reparameterised(Mixer):
@@ -35,28 +35,16 @@ class Reparameterised(Mixer):
     """
 
     def merged(self) -> nn.Conv2d:
-        """The one convolution, with a bias: what the steps answer to a single one amid zeros."""
-        weight = next(self.parameters())
-        side: Any = self.kernel_size
-        middle = side // 2
-        with torch.inference_mode(False), torch.no_grad():
-            exact = copy.deepcopy(self).double()
-            zeros = torch.zeros(1, self.dim, side, side, dtype=torch.float64, device=weight.device)
-            impulse = zeros.clone()
-            impulse[:, :, middle, middle] = 1
-            offset = exact.run(zeros)
-            made = depthwise(self.dim, side, bias=True).to(weight)
-            made.weight.copy_((exact.run(impulse) - offset)[0, :, None].flip(-2, -1))
-            made.bias.copy_(offset[0, :, middle, middle])  # pyright: ignore[reportOptionalMemberAccess]
-        made.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
-        return made.eval()
+        """The one convolution, with a bias."""
+        assert isinstance(self.kernel_size, int)
+        return merged_conv(self, depthwise(self.dim, self.kernel_size))
 
     def fold_(self) -> bool:
         """Become one convolution, in place, for inference; see ``MapBlock``."""
         check_foldable(self)
         if type(self.body[0]) is nn.Conv2d:
             return False
-        self.body = nn.Sequential(OrderedDict(conv=self.merged()))
+        self.body = in_a_row({"conv": self.merged()})
         self.skip = None
         return True
 

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Steps, init_by_group_, init_kaiming_
-from tokenconv.blocks.maps import (
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import (
     ChannelShuffle,
-    MapBlock,
     Parallel,
     Split,
     conv,
     depthwise,
-    projection,
     squeeze_excite,
 )
+from tokenconv.blocks.maps import MapBlock
+from tokenconv.blocks.starts import init_by_group_, init_kaiming_
 
 
 class MobileNetV1(MapBlock):
@@ -76,6 +76,7 @@ class Xception(MapBlock):
     """
 
     adds_input = True
+    projects_input = True
     init = staticmethod(init_kaiming_)
 
     def steps(
@@ -101,10 +102,6 @@ class Xception(MapBlock):
             steps[f"norm{i}"] = nn.BatchNorm2d(behind)
         steps["pool"] = nn.MaxPool2d(3, stride, 1) if stride > 1 else None
         return steps
-
-    def shortcut(self, dim: int, out_dim: int, stride: int) -> nn.Module:
-        """A 1x1 convolution and a norm, where width or size change."""
-        return projection(dim, out_dim, stride)
 
 
 class InvertedResidual(MapBlock):

@@ -4,9 +4,12 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from tokenconv.patterns import compiled
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SWEPT = ("img-size", "batch-size", "memory-format", "compile", "kernel-size", "dtype")
 
 
@@ -37,20 +40,15 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def _check_cost(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options of ``cost`` that make no sense together."""
-    where = [args.site, args.blocks]
-    if args.dim is not None and any(value is not None for value in (*where, args.block)):
+    if args.dim is None:
+        _check_named(parser, args)
+    elif any(value is not None for value in (args.site, args.blocks, args.block)):
         parser.error("--dim says that MODEL is a block, and --block puts one into a model")
-    nameless = args.dim is None and args.block is None
-    if nameless and any(value is not None for value in (*where, args.kernel_size)):
-        parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
 
 
 def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options of ``export`` that make no sense together."""
-    if args.block is None and any(
-        value is not None for value in (args.kernel_size, args.site, args.blocks)
-    ):
-        parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
+    _check_named(parser, args)
     if args.fold and args.block is args.hybrid is args.plan is None:
         parser.error("--fold is about what was inserted: name it with --block, --plan or --hybrid")
     if args.to == "executorch" and args.dynamic:
@@ -65,6 +63,13 @@ def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--keep-float is about files of eight bits: add --calibration DIR")
 
 
+def _check_named(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of a block that has no name."""
+    own = (args.kernel_size, args.site, args.blocks)
+    if args.block is None and any(value is not None for value in own):
+        parser.error("--kernel-size, --site and --blocks are of a block: name it with --block")
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenconv",
@@ -73,7 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    listing = commands.add_parser("list", help="list the blocks")
+    listing = _add(commands, "list", "list the blocks")
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, such as '*ffn*'")
     form = listing.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the blocks as JSON")
@@ -82,13 +87,13 @@ def _make_parser() -> argparse.ArgumentParser:
         "--families", action="store_true", help="list the timm families, and what each can take"
     )
 
-    planning = commands.add_parser("plan", help="show what inserting a block would change")
+    planning = _add(commands, "plan", "show what inserting a block would change")
     planning.add_argument("model", metavar="MODEL", help="name of a timm model")
     planning.add_argument("--block", required=True, metavar="NAME")
     planning.add_argument("--json", action="store_true", help="print it as JSON")
     _add_block_options(planning)
 
-    pricing = commands.add_parser("cost", help="say what a model or a block costs, by formula")
+    pricing = _add(commands, "cost", "say what a model or a block costs, by formula")
     pricing.add_argument("model", metavar="MODEL", help="name of a timm model, or of a block")
     pricing.add_argument("--block", metavar="NAME", help="put this block into the model first")
     pricing.add_argument("--dim", type=_positive, help="MODEL is a block, of so many channels")
@@ -104,11 +109,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_analyze(commands)
     _add_export(commands)
 
-    comparing = commands.add_parser(
-        "compare",
-        help="measure a model with blocks against the same model without",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    comparing = _add(
+        commands, "compare", "measure a model with blocks against the same model without"
     )
     comparing.add_argument("model", metavar="MODEL", help="name of a timm model")
     comparing.add_argument(
@@ -134,9 +136,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="with --against: ratio>1.05 (if none is given) or memory>1.1; repeat for both",
     )
     comparing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    comparing.add_argument(
-        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
-    )
+    comparing.add_argument("--dtype", default="float32", choices=_DTYPES)
     comparing.add_argument("--batch-size", type=_positive, default=4)
     comparing.add_argument(
         "--repeats", type=_positive, help="rounds that count; None: as many as precision needs"
@@ -182,12 +182,21 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    analyzing = commands.add_parser(
-        "analyze",
-        help="say how separable a model's convolutions are, and what taking them apart would do",
+def _add(commands: Commands, name: str, about: str) -> argparse.ArgumentParser:
+    """A command, whose options cannot be cut short: scripts would break with every new one."""
+    return commands.add_parser(
+        name,
+        help=about,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+    )
+
+
+def _add_analyze(commands: Commands) -> None:
+    analyzing = _add(
+        commands,
+        "analyze",
+        "say how separable a model's convolutions are, and what taking them apart would do",
     )
     analyzing.add_argument("model", metavar="MODEL", help="name of a timm model")
     weights = analyzing.add_mutually_exclusive_group()
@@ -210,12 +219,11 @@ def _add_analyze(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     analyzing.add_argument("--out", type=Path, default=Path("tokenconv-analysis"), metavar="DIR")
 
 
-def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    exporting = commands.add_parser(
+def _add_export(commands: Commands) -> None:
+    exporting = _add(
+        commands,
         "export",
-        help="write a model as ONNX, as a torch.export program, for AOTInductor or ExecuTorch",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "write a model as ONNX, as a torch.export program, for AOTInductor or ExecuTorch",
     )
     exporting.add_argument("model", metavar="MODEL", help="name of a timm model")
     inserted = exporting.add_mutually_exclusive_group()
@@ -248,9 +256,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     exporting.add_argument(
         "--batch-size", type=_positive, default=1, help="where batch is not open"
     )
-    exporting.add_argument(
-        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
-    )
+    exporting.add_argument("--dtype", default="float32", choices=_DTYPES)
     exporting.add_argument("--opset", type=_positive, help="of ONNX; None takes torch's choice")
     exporting.add_argument(
         "--fold", action="store_true", help="fold what was inserted first, and say what could be"

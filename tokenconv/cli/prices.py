@@ -14,6 +14,7 @@ from tokenconv.blocks import BLOCKS, create_block
 from tokenconv.cli.inputs import build_model, image_size
 from tokenconv.costs import Cost, Price, cost
 from tokenconv.errors import MeasurementError
+from tokenconv.reports.table import aligned
 from tokenconv.surgery import insert_
 
 _BLOCK_GRID = 14, 14
@@ -84,15 +85,7 @@ def _figures(own: Price) -> dict[str, Any]:
 
 def as_table(found: Cost) -> str:
     """The price as aligned text: the whole, what kinds of operators cost, and modules."""
-    rows = [*_rows(found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned([*_rows(found)])
 
 
 def _rows(found: Cost) -> Iterator[tuple[str, ...]]:

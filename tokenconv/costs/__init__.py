@@ -3,7 +3,13 @@
 from tokenconv.costs import formulas
 from tokenconv.costs.prices import Category, Cost, Price, SiteCost
 from tokenconv.costs.pricing import cost, price
-from tokenconv.costs.weightless import depthwise_modules, meta_copy, own_modules, run_meta
+from tokenconv.costs.weightless import (
+    depthwise_modules,
+    meta_copy,
+    num_params,
+    own_modules,
+    run_meta,
+)
 
 __all__ = [
     "Category",
@@ -14,6 +20,7 @@ __all__ = [
     "depthwise_modules",
     "formulas",
     "meta_copy",
+    "num_params",
     "own_modules",
     "price",
     "run_meta",

@@ -1,11 +1,11 @@
 """Models without memory: copies on the meta device, and what is in them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenconv.blocks.ffn import MultiScaleFFN
 from tokenconv.blocks.maps import MapBlock
@@ -32,8 +32,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 weightless[id(parameter)] = nn.Parameter(
                     torch.empty_like(parameter, device="meta"), parameter.requires_grad
                 )
-            for buffer in model.buffers():
-                weightless[id(buffer)] = torch.empty_like(buffer, device="meta")
+            for tensor in (*model.buffers(), *_plain_tensors(model)):
+                weightless[id(tensor)] = torch.empty_like(tensor, device="meta")
             meta = copy.deepcopy(model, weightless)
     except RuntimeError as error:
         raise MeasurementError(f"the model cannot be copied: {error}") from error
@@ -43,6 +43,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 if not getattr(hook, "__module__", "").startswith(_HOOKS):
                     del hooks[key]
     return meta
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What modules compute with and keep as an attribute: ConViT before timm 1.0.31.
+
+    Without those of one number, which go with tensors of any device.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
+                yield value
 
 
 def run_meta(

@@ -1,6 +1,7 @@
 """From a model to a ``torch.export`` program of standard operators."""
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,7 +35,9 @@ def program_of(model: nn.Module, images: Tensor, sizes: Sizes) -> ExportedProgra
         ExportError: If the model cannot be traced, or not with these axes open.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # LeViT and its kin keep what they compute; what is traced is a copy that nobody keeps.
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             program = torch.export.export(model, (images,), dynamic_shapes=(_open(sizes),))
             program = _in_aten(program)
     except Exception as error:  # whatever the model or torch raises

@@ -9,7 +9,7 @@ from tokenconv.layers.channel import (
     SqueezeExcite,
 )
 from tokenconv.layers.conv import DWConv3d, GridConv
-from tokenconv.layers.depthwise import DWConv
+from tokenconv.layers.depthwise import DWConv, unlike_dwconv
 from tokenconv.layers.separable import SeparableConv
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "SeparableConv",
     "SqueezeExcite",
     "StarReLU",
+    "unlike_dwconv",
 ]

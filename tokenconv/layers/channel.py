@@ -125,10 +125,9 @@ class GlobalResponseNorm(GridModule):
         return x + self.weight * (x * share) + self.bias
 
 
+@torch.fx.wrap
 def _on_grid(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
+    """One fx node: its check cannot be traced symbolically."""
     known = TokenGrid.of(*grid)
     known.check(x)
     return x[:, known.num_prefix_tokens :]
-
-
-torch.fx.wrap("_on_grid")  # its check cannot be traced symbolically

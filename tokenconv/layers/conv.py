@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenconv.errors import GridError
-from tokenconv.grid import Grid, TokenGrid, map_to_tokens, tokens_to_map
+from tokenconv.grid import Grid, TokenGrid, behind_prefix, map_to_tokens, tokens_to_map
 from tokenconv.layers.base import GridModule
 
 
@@ -137,6 +137,7 @@ def _init_as_torch_(weight: Tensor, bias: Tensor | None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
+@torch.fx.wrap
 def _convolve_video(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[Grid, ...], residual: bool
 ) -> Tensor:
@@ -148,11 +149,10 @@ def _convolve_video(
     padding = [side // 2 for side in weight.shape[2:]]
     out = F.conv3d(video, weight, bias, padding=padding, groups=len(weight))
     tokens = map_to_tokens(out + video if residual else out)
-    if not known.num_prefix_tokens:
-        return tokens
-    return torch.cat([x[:, : known.num_prefix_tokens].to(tokens.dtype), tokens], dim=1)
+    return behind_prefix(tokens, x, known.num_prefix_tokens)
 
 
+@torch.fx.wrap
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[Grid, ...], groups: int
 ) -> Tensor:
@@ -165,7 +165,3 @@ def _convolve(
     prefix = x[:, : known.num_prefix_tokens].transpose(1, 2)
     out = F.conv1d(prefix, weight[:, :, centre, centre, None], bias, groups=groups)
     return map_to_tokens(fmap, out.transpose(1, 2))
-
-
-for _checks in ("_convolve", "_convolve_video"):
-    torch.fx.wrap(_checks)

@@ -172,6 +172,23 @@ class DWConv(GridModule):
         )
 
 
+def unlike_dwconv(conv: nn.Conv2d) -> str:
+    """Why an ``nn.Conv2d`` computes something else on maps than a ``DWConv``; empty if the same."""
+    side, dilation = conv.kernel_size[0], conv.dilation[0]
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return f"it has {conv.groups} groups for {conv.in_channels} -> {conv.out_channels} channels"
+    if conv.stride != (1, 1):
+        return f"it has a stride of {conv.stride}"
+    if conv.dilation != (dilation, dilation):
+        return f"it has a dilation of {conv.dilation}"
+    if conv.kernel_size != (side, side) or side % 2 == 0:
+        return f"its kernel of {conv.kernel_size} is not odd and square"
+    if conv.padding not in ("same", (dilation * (side // 2),) * 2) or conv.padding_mode != "zeros":
+        return "its padding does not keep the size with zeros"
+    return ""
+
+
+@torch.fx.wrap
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -188,6 +205,3 @@ def _convolve(
         x, weight, bias, grid_of(*grid), dilation=dilation, residual=residual,
         activation=activation, gate=gate, impl=impl,
     )  # fmt: skip
-
-
-torch.fx.wrap("_convolve")

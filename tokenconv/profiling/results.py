@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tokenconv.costs import SiteCost
 from tokenconv.errors import MeasurementError, UnknownNameError
 from tokenconv.profiling.measurement import MIB, Mode, Phase, Ratio, Spread
+from tokenconv.reports.table import aligned
 
 SCHEMA_VERSION = 4
 
@@ -213,16 +214,8 @@ class Comparison:
         return arms[name]
 
     def __str__(self) -> str:
-        rows = table(self)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *(f"warning: {line}" for line in self.warnings)])
+        shown = aligned(table(self), keys=2)
+        return "\n".join([shown, *(f"warning: {line}" for line in self.warnings)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A table of a report, before it becomes Markdown or HTML."""
+"""A table: of a report, before it becomes Markdown or HTML, and as text for a terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,3 +43,15 @@ def words(*texts: str) -> list[Cell]:
 def number(value: float | None, form: str = ".1f", unit: str = "") -> Cell:
     """A cell with a number; with a dash for None."""
     return NOTHING if value is None else Cell(f"{value:{form}}{unit}", value)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, keys: int = 1) -> str:
+    """Rows as text, a line each; the first columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < keys else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

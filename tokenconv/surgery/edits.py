@@ -31,7 +31,8 @@ from tokenconv.surgery.fragments import (
     attach,
 )
 from tokenconv.surgery.layouts import CarriedGrid, ChannelsLastMap, Layout, MaskUnits
-from tokenconv.surgery.sites import SITES, Place, has_values, locate
+from tokenconv.surgery.places import Place, has_values
+from tokenconv.surgery.sites import SITES, locate
 
 NONE = "none"
 """The name that stands for no block: it takes out the convolution that an MLP has."""

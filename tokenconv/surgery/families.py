@@ -42,11 +42,6 @@ def of_returned(source: Any, args: tuple[Any, ...], out: Any) -> Size:
     return out[1][0], out[1][1]
 
 
-def of_attribute(source: Any, args: tuple[Any, ...], out: Any) -> Size:
-    """The embedding has one size, ``grid_size``."""
-    return source.grid_size
-
-
 def of_packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Where the patches of NaFlexViT's packed images lie; None for plain images."""
     given = {**dict(zip(("x", "patch_coord", "patch_valid"), args, strict=False)), **kwargs}

@@ -125,6 +125,7 @@ class AroundAct(Replacement):
         return self.act
 
 
+@torch.fx.wrap
 def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
     """``y`` laid out in memory as ``x``, one half of a packed projection.
 
@@ -133,9 +134,6 @@ def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.stride() == y.stride():
         return y
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype).copy_(y)
-
-
-torch.fx.wrap("_with_strides_of")
 
 
 class MergedConv(Replacement):
@@ -195,9 +193,7 @@ class MergedConv(Replacement):
         """Convolve a map ``(B, C, H, W)``, in the memory layout it comes in."""
         weight, bias = self.merged()
         dilation, groups = self.added.dilation, self.added.dim
-        return F.conv2d(
-            input, weight, bias, padding=self.padding, dilation=dilation, groups=groups
-        )  # fmt: skip
+        return F.conv2d(input, weight, bias, padding=self.padding, dilation=dilation, groups=groups)
 
     def release(self) -> nn.Module:
         """The convolution, without what was added to it."""
@@ -296,6 +292,7 @@ class ReplacedPatchEmbed(_Vacancy):
             return getattr(self.original.module, name)
 
 
+@torch.fx.wrap
 def _check_size(embed: Any, x: Tensor, fmap: Tensor) -> None:
     """Refuse an image of which a stem makes other tokens than the model reckons with."""
     if torch.compiler.is_compiling() or not hasattr(embed, "dynamic_feat_size"):
@@ -307,9 +304,6 @@ def _check_size(embed: Any, x: Tensor, fmap: Tensor) -> None:
             f"{fmap.shape[2]}*{fmap.shape[3]} of the stem; take sizes that the patches of the "
             f"model divide"
         )
-
-
-torch.fx.wrap("_check_size")
 
 
 class Unregistered:

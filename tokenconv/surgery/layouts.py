@@ -88,6 +88,7 @@ def halved(side: int, times: int, rounds_up: bool) -> int:
     return side
 
 
+@torch.fx.wrap
 def _grid(
     carrier: Tensor, x: Tensor, halvings: int, rounds_up: bool, num_prefix_tokens: int
 ) -> TokenGrid | SparseGrid:
@@ -105,6 +106,3 @@ def _grid(
             f"your own, call tokenconv.keep_tokens there"
         )
     return TokenGrid((rows, cols), num_prefix_tokens)
-
-
-torch.fx.wrap("_grid")

@@ -21,7 +21,8 @@ from tokenconv.surgery.edits import (
     check_stem,
     edit_for,
 )
-from tokenconv.surgery.sites import SITES, BlockSites, Place, Survey, survey
+from tokenconv.surgery.places import Place
+from tokenconv.surgery.sites import SITES, BlockSites, Survey, survey
 
 FORMAT = 1
 """Version of the JSON form of a plan."""
@@ -316,8 +317,8 @@ def rehearse(found: Survey, draft: Plan) -> Plan:
     return replace(
         draft,
         input_size=found.input_size,
-        edits=tuple(_priced(edit, before, after, prefix) for edit in edits)
-    )  # fmt: skip
+        edits=tuple(_priced(edit, before, after, prefix) for edit in edits),
+    )
 
 
 def check_untouched(model: nn.Module) -> None:
@@ -331,9 +332,7 @@ def _inside(names: Iterable[str], prefix: str) -> list[str]:
     return sorted(name.removeprefix(prefix) for name in names)
 
 
-def _priced(
-    edit: Edit, before: Costs, after: Costs, prefix: str
-) -> Edit:  # fmt: skip
+def _priced(edit: Edit, before: Costs, after: Costs, prefix: str) -> Edit:
     host = edit.place.host.removeprefix(prefix)
     watched = host if host in after else (edit.inserted or "").removeprefix(prefix)
     if after[watched].calls != 1:

@@ -3,18 +3,17 @@
 Shape letters: B batch, N tokens = P prefix + grid, M keys that a query sees, C channels, n heads.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.chain import Chain, init_linears_
-from tokenconv.blocks.maps import fold_convs_, lay_out
-from tokenconv.errors import GridError
-from tokenconv.grid import Grid, TokenGrid
+from tokenconv.blocks import layout
+from tokenconv.blocks.chain import Chain
+from tokenconv.blocks.folding import fold_convs_
+from tokenconv.blocks.starts import init_linears_
+from tokenconv.grid import Grid, PrefixTokens
 from tokenconv.layers import DWConv, GridModule
 
 
@@ -81,7 +80,7 @@ class Attention(GridModule):
 
     def forward(self, x: Tensor, *grid: Grid) -> Tensor:
         """Attend; see ``GridModule``."""
-        return self.proj_drop(self.proj(self.mix(checked(x, grid, self.dim), *grid)))
+        return self.proj_drop(self.proj(self.mix(layout.checked(x, grid, self.dim), *grid)))
 
     @property
     def drop(self) -> float:
@@ -99,9 +98,7 @@ class Attention(GridModule):
             for parameter in self.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
 
-    def fold_(self) -> bool:
-        """Fold every ``BatchNorm`` into the convolution in front of it; see ``MapBlock.fold_``."""
-        return fold_convs_(self)
+    fold_ = fold_convs_
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -111,7 +108,7 @@ class Attention(GridModule):
 class LocalBranch(Chain):
     """A depthwise convolution beside attention, which prefix tokens get nothing from."""
 
-    prefix_tokens = "vanish"
+    prefix_tokens = PrefixTokens.ZERO
 
     def __init__(self, dim: int, kernel_size: int = 3):
         super().__init__(conv=DWConv(dim, kernel_size))
@@ -170,50 +167,3 @@ def attend(
     q, k, v = split_heads(q, num_heads), split_heads(k, num_heads), split_heads(v, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
     return merge_heads(out)
-
-
-def checked(x: Tensor, grid: tuple[Grid, ...], dim: int) -> Tensor:
-    """Tokens that fill their one grid, at the width of the block.
-
-    Raises:
-        GridError: If they do not.
-    """
-    TokenGrid.of(*grid).check(x)
-    if x.shape[2] != dim:
-        raise GridError(f"expected tokens (B, N, {dim}), got a tensor of shape {tuple(x.shape)}")
-    return x
-
-
-def to_map(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
-    """The tokens on the grid as maps ``(B, C, H, W)``; the frames of a video one after another."""
-    return lay_out(x, grid, x.shape[2])
-
-
-def to_tokens(fmap: Tensor, grid: tuple[Grid, ...]) -> Tensor:
-    """Maps of any size as tokens, all frames of a video in one sequence; no prefix tokens."""
-    frames = math.prod(TokenGrid.of(*grid).size[:-2])
-    return fmap.flatten(2).transpose(1, 2).unflatten(0, (-1, frames)).flatten(1, 2)
-
-
-def behind_prefix(tokens: Tensor, x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
-    """Tokens behind the prefix tokens of ``x``."""
-    count = TokenGrid.of(*grid).num_prefix_tokens
-    return torch.cat([x[:, :count].to(tokens.dtype), tokens], dim=1) if count else tokens
-
-
-def at_least(x: Tensor, grid: tuple[Grid, ...], side: int) -> Tensor:
-    """Tokens of a grid that holds a square of this side.
-
-    Raises:
-        GridError: If it does not.
-    """
-    size = TokenGrid.of(*grid).size
-    if min(size[-2:]) < side:
-        raise GridError(
-            f"expected a grid of at least {side}*{side}, which become one key, got {size}: take a "
-            f"smaller sr_ratio"
-        )
-    return x
-
-
-torch.fx.wrap("checked")  # which cannot be traced symbolically

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenconv.blocks.attention.base import Attention, split_heads
-from tokenconv.blocks.chain import init_torch_
+from tokenconv.blocks.starts import init_torch_
 from tokenconv.grid import Grid
 from tokenconv.layers import DWConv
 

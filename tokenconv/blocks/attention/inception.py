@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from tokenconv.blocks.attention.base import attend, heads_of
 from tokenconv.blocks.attention.channels import CrossCovarianceAttention
-from tokenconv.blocks.chain import Steps, init_linears_, init_truncated_
-from tokenconv.blocks.maps import MapBlock, Split, conv, depthwise
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import LayerNorm2d, LayerScale2d, Residual, Split, conv, depthwise
+from tokenconv.blocks.maps import MapBlock, Mixer
+from tokenconv.blocks.starts import init_linears_, init_truncated_
 
 
 class InceptionMixer(MapBlock):
@@ -51,7 +53,7 @@ class InceptionMixer(MapBlock):
     ) -> Steps:
         """See the class."""
         heads = heads_of(dim, num_heads, 1 if num_heads else 2)
-        self.low_dim = low = attention_heads * (dim // heads)
+        low = attention_heads * (dim // heads)
         half = (dim - low) // 2
         if stride != 1 or not 0 < attention_heads < heads or 2 * half + low != dim:
             raise ValueError(
@@ -65,7 +67,7 @@ class InceptionMixer(MapBlock):
         width = 4 * half + low
         return {
             "mix": Split([half, half, low], convolved, pooled, attended),
-            "fuse": _Added(depthwise(width)),
+            "fuse": Residual(depthwise(width)),
             "proj": conv(width, out_dim, bias=True),
         }
 
@@ -87,6 +89,7 @@ class _PooledAttention(nn.Module):
         return _spread(out, small, fmap, self.pool_size)
 
 
+@torch.fx.wrap
 def _spread(x: Tensor, small: Tensor, fmap: Tensor, side: int) -> Tensor:
     """Tokens as squares of a map."""
     out = x.transpose(1, 2).unflatten(2, small.shape[2:])
@@ -94,15 +97,7 @@ def _spread(x: Tensor, small: Tensor, fmap: Tensor, side: int) -> Tensor:
     return out[:, :, : fmap.shape[2], : fmap.shape[3]]
 
 
-class _Added(nn.Sequential):
-    """``x`` plus what the steps make of it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Run, and add."""
-        return input + super().forward(input)
-
-
-class SplitTransposeAttention(MapBlock):
+class SplitTransposeAttention(Mixer):
     """Encoder of EdgeNeXt (SDTA): a pyramid of depthwise convolutions, then XCA, then an MLP.
 
     The channels are cut into S parts: ``y1 = DWConv(x1)``, ``yi = DWConv(yi-1 + xi)``, and the last
@@ -111,7 +106,7 @@ class SplitTransposeAttention(MapBlock):
     input x. Prefix tokens pass: the sum of parts has no meaning for them. Parameters:
     ``12*C*C + 15*C + n + (S - 1)*10*ceil(C/S)``, and ``65*C`` for the position.
 
-    Args besides those of ``MapBlock``:
+    Args besides those of ``Mixer``:
         num_scales: Parts S.
         num_heads: Heads n of XCA; None takes one per 64 channels.
         use_pos_emb: Add the position, as in the second of EdgeNeXt's stages only.
@@ -126,12 +121,10 @@ class SplitTransposeAttention(MapBlock):
     adds_input = True
     init = staticmethod(init_truncated_)
 
-    def steps(
+    def mix(
         self,
         dim: int,
-        out_dim: int,
         side: int,
-        stride: int,
         num_scales: int = 2,
         num_heads: int | None = None,
         use_pos_emb: bool = True,
@@ -140,20 +133,16 @@ class SplitTransposeAttention(MapBlock):
         ls_init_value: float = 1e-6,
     ) -> Steps:
         """See the class."""
-        if out_dim != dim or stride != 1:
-            raise ValueError(
-                f"expected out_dim == dim and stride 1, got {dim=}, {out_dim=}, {stride=}"
-            )
         hidden = int(expand_ratio * dim)
         return {
             "scales": _Scales(dim, num_scales, side),
             "position": _FourierPosition(dim) if use_pos_emb else None,
             "xca": _Transposed(dim, heads_of(dim, num_heads), qkv_bias, ls_init_value),
-            "norm": _MapNorm(dim, eps=1e-6),
+            "norm": LayerNorm2d(dim, eps=1e-6),
             "fc1": conv(dim, hidden, bias=True),
             "act": nn.GELU(),
             "fc2": conv(hidden, dim, bias=True),
-            "gamma": _Scale(dim, ls_init_value),
+            "gamma": LayerScale2d(dim, ls_init_value),
         }
 
 
@@ -192,6 +181,7 @@ class _FourierPosition(nn.Module):
         return x + self.proj(_waves(x, self.num_waves))
 
 
+@torch.fx.wrap
 def _waves(like: Tensor, count: int) -> Tensor:
     """``(1, 2*count, H, W)``: of the row, then of the column, all of which are one turn."""
     turns = 10000.0 ** (torch.arange(0, count, 2, device=like.device) / count)
@@ -207,31 +197,6 @@ def _waves(like: Tensor, count: int) -> Tensor:
     return torch.cat(both)[None].to(like.dtype)
 
 
-class _MapNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise."""
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class _Scale(nn.Module):
-    """One factor for every channel of a map, LayerScale."""
-
-    def __init__(self, dim: int, init_value: float):
-        super().__init__()
-        self.init_value = init_value
-        self.gamma = nn.Parameter(torch.empty(dim))
-
-    def reset_parameters(self) -> None:
-        """Start from the same value everywhere."""
-        nn.init.constant_(self.gamma, self.init_value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale."""
-        return x * self.gamma[:, None, None]
-
-
 class _Transposed(nn.Module):
     """``x + gamma * XCA(LN(x))`` on a map."""
 
@@ -239,7 +204,7 @@ class _Transposed(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.xca = CrossCovarianceAttention(dim, num_heads=num_heads, qkv_bias=bias)
-        self.gamma = _Scale(dim, init_value)
+        self.gamma = LayerScale2d(dim, init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend."""
@@ -248,9 +213,6 @@ class _Transposed(nn.Module):
         return x + self.gamma(_as(out, x))
 
 
+@torch.fx.wrap
 def _as(tokens: Tensor, fmap: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, fmap.shape[2:])
-
-
-for _sizes in ("_spread", "_waves", "_as"):
-    torch.fx.wrap(_sizes)  # which cannot be traced symbolically

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenconv.blocks.attention.base import Attention, LocalBranch, merge_heads, split_heads
-from tokenconv.blocks.chain import init_torch_
+from tokenconv.blocks.starts import init_torch_
 from tokenconv.grid import Grid
 from tokenconv.layers import BatchNorm, DWConv, GridModule
 
@@ -109,6 +109,7 @@ class _Aggregate(GridModule):
         return self.linear(self.conv(x, *grid).transpose(1, 2)).transpose(1, 2)
 
 
+@torch.fx.wrap
 def _divided(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """``q @ (k.T @ v)`` over ``q @ k.T.sum(tokens) + eps``, in 32 bits at least."""
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -117,9 +118,6 @@ def _divided(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
         q, k, ones = q.to(dtype), k.to(dtype), F.pad(v.to(dtype), (0, 1), value=1.0)
         out = q @ (k.transpose(-1, -2) @ ones)
         return (out[..., :-1] / (out[..., -1:] + eps)).to(v.dtype)
-
-
-torch.fx.wrap("_divided")  # its autocast depends on the device
 
 
 class AdditiveAttention(Attention):

@@ -10,12 +10,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenconv.blocks.attention.base import attend, heads_of
-from tokenconv.blocks.chain import Steps, init_linears_
-from tokenconv.blocks.maps import MapBlock, conv, depthwise
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import conv, depthwise
+from tokenconv.blocks.maps import Mixer
+from tokenconv.blocks.starts import init_linears_
 
 
-class _Patched(MapBlock):
-    """What both have in common: no residual, and the width and the size of the grid stay."""
+class _Patched(Mixer):
+    """What both have in common: no residual."""
 
     init = staticmethod(init_linears_)
 
@@ -35,7 +37,7 @@ class MobileViT(_Patched):
     Parameters: ``K*K*C*C + 2*C + C*D + L*((4 + 2*r)*D*D + (9 + r)*D) + 2*D + D*C + 2*C
     + K*K*2*C*C + 2*C`` with ``r = mlp_ratio``.
 
-    Args besides those of ``MapBlock``:
+    Args besides those of ``Mixer``:
         transformer_dim: Width D; None takes ``dim``.
         transformer_depth: Layers L.
         mlp_ratio: Hidden width of the layers over D.
@@ -46,12 +48,10 @@ class MobileViT(_Patched):
         https://arxiv.org/abs/2110.02178
     """
 
-    def steps(
+    def mix(
         self,
         dim: int,
-        out_dim: int,
         side: int,
-        stride: int,
         transformer_dim: int | None = None,
         transformer_depth: int = 2,
         mlp_ratio: float = 2.0,
@@ -59,7 +59,6 @@ class MobileViT(_Patched):
         patch_size: int = 2,
     ) -> Steps:
         """See the class."""
-        _keep(dim, out_dim, stride)
         width = transformer_dim or dim
         layers = [_Layer(width, num_heads, mlp_ratio) for _ in range(transformer_depth)]
         return {
@@ -99,7 +98,7 @@ class MobileViTV2(_Patched):
     ``K*K*C + 2*C + C*D + L*((3 + 2*r)*D*D + (9 + r)*D + 1) + 2*D + D*C + 2*C`` with
     ``r = mlp_ratio``.
 
-    Args besides those of ``MapBlock``:
+    Args besides those of ``Mixer``:
         transformer_dim: Width D; None takes ``dim``.
         transformer_depth: Layers L.
         mlp_ratio: Hidden width of the layers over D.
@@ -109,19 +108,16 @@ class MobileViTV2(_Patched):
         https://arxiv.org/abs/2206.02680
     """
 
-    def steps(
+    def mix(
         self,
         dim: int,
-        out_dim: int,
         side: int,
-        stride: int,
         transformer_dim: int | None = None,
         transformer_depth: int = 2,
         mlp_ratio: float = 2.0,
         patch_size: int = 2,
     ) -> Steps:
         """See the class."""
-        _keep(dim, out_dim, stride)
         self.patch_size = patch_size
         width = transformer_dim or dim
         layers = [_LinearLayer(width, mlp_ratio) for _ in range(transformer_depth)]
@@ -136,11 +132,6 @@ class MobileViTV2(_Patched):
     def run(self, fmap: Tensor) -> Tensor:
         """See the class."""
         return _resized_to(self.body(_divisible(fmap, self.patch_size, True)), fmap, True)
-
-
-def _keep(dim: int, out_dim: int, stride: int) -> None:
-    if out_dim != dim or stride != 1:
-        raise ValueError(f"expected out_dim == dim and stride 1, got {dim=}, {out_dim=}, {stride=}")
 
 
 def _convolved(layer: nn.Conv2d, dim: int) -> nn.Sequential:
@@ -169,12 +160,14 @@ def _layout(maps: bool) -> str:
     return "b c (h w) (i j)" if maps else "(b h w) (i j) c"
 
 
+@torch.fx.wrap
 def _patches(fmap: Tensor, patch_size: int, maps: bool) -> Tensor:
     fmap = _divisible(fmap, patch_size, False)
     pattern = f"b c (i h) (j w) -> {_layout(maps)}"
     return rearrange(fmap, pattern, h=patch_size, w=patch_size)
 
 
+@torch.fx.wrap
 def _from_patches(x: Tensor, like: Tensor, patch_size: int, maps: bool) -> Tensor:
     rows, cols = (-(-side // patch_size) for side in like.shape[2:])
     pattern = f"{_layout(maps)} -> b c (i h) (j w)"
@@ -182,12 +175,14 @@ def _from_patches(x: Tensor, like: Tensor, patch_size: int, maps: bool) -> Tenso
     return _resized_to(fmap, like, False)
 
 
+@torch.fx.wrap
 def _divisible(fmap: Tensor, patch_size: int, align_corners: bool) -> Tensor:
     """A map that patches divide, which may be a little larger."""
     size = [-(-side // patch_size) * patch_size for side in fmap.shape[2:]]
     return _resized(fmap, size, align_corners)
 
 
+@torch.fx.wrap
 def _resized_to(fmap: Tensor, like: Tensor, align_corners: bool) -> Tensor:
     return _resized(fmap, list(like.shape[2:]), align_corners)
 
@@ -196,10 +191,6 @@ def _resized(fmap: Tensor, size: list[int], align_corners: bool) -> Tensor:
     if list(fmap.shape[2:]) == size:
         return fmap
     return F.interpolate(fmap, size, mode="bilinear", align_corners=align_corners)
-
-
-for _sizes in ("_patches", "_from_patches", "_divisible", "_resized_to"):
-    torch.fx.wrap(_sizes)  # which cannot be traced symbolically
 
 
 class _Layer(nn.Module):

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.attention.base import Attention, attend, behind_prefix
+from tokenconv.blocks import layout
+from tokenconv.blocks.attention.base import Attention, attend
 from tokenconv.blocks.attention.reduction import checked_ratio
-from tokenconv.blocks.chain import Steps, init_truncated_
-from tokenconv.blocks.maps import MapBlock, conv
+from tokenconv.blocks.chain import Steps
+from tokenconv.blocks.map_layers import conv
+from tokenconv.blocks.maps import MapBlock
+from tokenconv.blocks.starts import init_truncated_
 from tokenconv.errors import GridError
 from tokenconv.grid import Grid, TokenGrid
 from tokenconv.layers import BatchNorm
@@ -75,10 +78,11 @@ class EfficientAttention(Attention):
         """See the class."""
         y = x
         if self.norm is not None:
-            y = behind_prefix(self.norm(_runs(x, grid, self.sr_ratio**2)), x, grid)
+            y = layout.behind_prefix(self.norm(_runs(x, grid, self.sr_ratio**2)), x, grid)
         return attend(self.q(x), self.k(y), self.v(y), self.num_heads, drop=self.drop)
 
 
+@torch.fx.wrap
 def _runs(x: Tensor, grid: tuple[Grid, ...], length: int) -> Tensor:
     """Means of the tokens on the grid over runs of this length."""
     known = TokenGrid.of(*grid)
@@ -89,7 +93,3 @@ def _runs(x: Tensor, grid: tuple[Grid, ...], length: int) -> Tensor:
         )
     spatial = x[:, known.num_prefix_tokens :].transpose(1, 2)
     return F.avg_pool1d(spatial, length).transpose(1, 2)
-
-
-for _sizes in ("_runs", "behind_prefix"):
-    torch.fx.wrap(_sizes)  # which cannot be traced symbolically

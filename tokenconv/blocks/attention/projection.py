@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.attention.base import (
-    Attention,
-    attend,
-    behind_prefix,
-    split_heads,
-    to_map,
-    to_tokens,
-)
-from tokenconv.blocks.maps import depthwise, grid_behind
+from tokenconv.blocks import layout
+from tokenconv.blocks.attention.base import Attention, attend, split_heads
+from tokenconv.blocks.map_layers import depthwise
 from tokenconv.grid import Grid, TokenGrid
 
 
@@ -51,9 +45,9 @@ class ConvProjectionAttention(Attention):
 
     def mix(self, x: Tensor, *grid: Grid) -> Tensor:
         """See the class."""
-        fmap = to_map(x, grid)
+        fmap = layout.to_map(x, grid)
         q, k, v = (
-            linear(behind_prefix(to_tokens(convolve(fmap), grid), x, grid))
+            linear(layout.behind_prefix(layout.to_tokens(convolve(fmap), grid), x, grid))
             for convolve, linear in (
                 (self.conv_proj_q, self.proj_q),
                 (self.conv_proj_k, self.proj_k),
@@ -130,9 +124,9 @@ class PoolingAttention(Attention):
         """Convolve every head by itself, as an image of its own."""
         # (B, N, C) -> (B*n, N, C/n)
         heads = split_heads(x, self.num_heads).flatten(0, 1)
-        fmap = pool(to_map(heads, grid))
-        out = norm(behind_prefix(to_tokens(fmap, grid), heads, grid))
-        return _merged(out, self.num_heads), grid_behind(fmap, grid)
+        fmap = pool(layout.to_map(heads, grid))
+        out = norm(layout.behind_prefix(layout.to_tokens(fmap, grid), heads, grid))
+        return _merged(out, self.num_heads), layout.grid_behind(fmap, grid)
 
 
 def _merged(x: Tensor, num_heads: int) -> Tensor:
@@ -140,6 +134,7 @@ def _merged(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
 
 
+@torch.fx.wrap
 def _relative(
     q: Tensor, rows: Tensor, cols: Tensor, grid: tuple[Grid, ...], small: TokenGrid
 ) -> Tensor:
@@ -188,7 +183,3 @@ def checked_stride(stride_kv: int) -> int:
     if stride_kv < 1:
         raise ValueError(f"expected stride_kv >= 1, got {stride_kv}")
     return stride_kv
-
-
-for _sizes in ("to_map", "to_tokens", "behind_prefix", "grid_behind", "_relative"):
-    torch.fx.wrap(_sizes)  # which cannot be traced symbolically

@@ -10,16 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenconv.blocks.attention.base import (
-    Attention,
-    at_least,
-    attend,
-    behind_prefix,
-    to_map,
-    to_tokens,
-)
-from tokenconv.blocks.chain import init_kaiming_convs_, init_pvt_
-from tokenconv.blocks.maps import grid_behind
+from tokenconv.blocks import layout
+from tokenconv.blocks.attention.base import Attention, attend
+from tokenconv.blocks.starts import init_kaiming_convs_, init_pvt_
+from tokenconv.errors import GridError
 from tokenconv.grid import Grid, TokenGrid
 from tokenconv.layers import DWConv
 
@@ -61,8 +55,8 @@ class SpatialReductionAttention(Attention):
         """See the class."""
         q = self.q(x)
         if self.reduces:
-            fmap = self.sr(self.pool(to_map(at_least(x, grid, self.sr_ratio), grid)))
-            x = behind_prefix(self.act(self.norm(to_tokens(fmap, grid))), x, grid)
+            fmap = self.sr(self.pool(layout.to_map(at_least(x, grid, self.sr_ratio), grid)))
+            x = layout.behind_prefix(self.act(self.norm(layout.to_tokens(fmap, grid))), x, grid)
         k, v = self.kv(x).chunk(2, dim=-1)
         return attend(q, k, v, self.num_heads, drop=self.drop)
 
@@ -116,8 +110,8 @@ class LightweightAttention(Attention):
         """See the class."""
         q = self.q(x)
         if self.sr_ratio > 1:
-            fmap = self.sr(to_map(at_least(x, grid, self.sr_ratio), grid))
-            x = behind_prefix(to_tokens(fmap, grid), x, grid)
+            fmap = self.sr(layout.to_map(at_least(x, grid, self.sr_ratio), grid))
+            x = layout.behind_prefix(layout.to_tokens(fmap, grid), x, grid)
         bias = None
         if self.relative_pos is not None:
             bias = _resized(self.relative_pos, self.sr_ratio, grid).to(q.dtype)
@@ -125,6 +119,7 @@ class LightweightAttention(Attention):
         return attend(q, k, v, self.num_heads, bias=bias, drop=self.drop)
 
 
+@torch.fx.wrap
 def _resized(table: Tensor, sr_ratio: int, grid: tuple[Grid, ...]) -> Tensor:
     """``(n, N, M)`` for the tokens of a grid, zero for prefix tokens."""
     known = TokenGrid.of(*grid)
@@ -191,10 +186,26 @@ class _Squares(nn.Module):
 
     def forward(self, x: Tensor, *grid: Grid) -> tuple[Tensor, Tensor]:
         """Reduce, and let the values see their neighbours."""
-        fmap = self.sr(to_map(x, grid))
-        y = self.act(self.norm(to_tokens(fmap, grid)))
-        k, v = self.kv(behind_prefix(y, x, grid)).chunk(2, dim=-1)
-        return k, self.local_conv(v, grid_behind(fmap, grid))
+        fmap = self.sr(layout.to_map(x, grid))
+        y = self.act(self.norm(layout.to_tokens(fmap, grid)))
+        k, v = self.kv(layout.behind_prefix(y, x, grid)).chunk(2, dim=-1)
+        return k, self.local_conv(v, layout.grid_behind(fmap, grid))
+
+
+@torch.fx.wrap
+def at_least(x: Tensor, grid: tuple[Grid, ...], side: int) -> Tensor:
+    """Tokens of a grid that holds a square of this side.
+
+    Raises:
+        GridError: If it does not.
+    """
+    size = TokenGrid.of(*grid).size
+    if min(size[-2:]) < side:
+        raise GridError(
+            f"expected a grid of at least {side}*{side}, which become one key, got {size}: take a "
+            f"smaller sr_ratio"
+        )
+    return x
 
 
 def checked_ratio(sr_ratio: int) -> int:
@@ -206,7 +217,3 @@ def checked_ratio(sr_ratio: int) -> int:
     if sr_ratio < 1:
         raise ValueError(f"expected sr_ratio >= 1, got {sr_ratio}")
     return sr_ratio
-
-
-for _sizes in ("_resized", "at_least", "to_map", "to_tokens", "behind_prefix", "grid_behind"):
-    torch.fx.wrap(_sizes)  # which cannot be traced symbolically

@@ -10,15 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenconv.blocks.attention.base import (
-    Attention,
-    LocalBranch,
-    attend,
-    behind_prefix,
-    to_map,
-    to_tokens,
-)
-from tokenconv.blocks.maps import depthwise
+from tokenconv.blocks import layout
+from tokenconv.blocks.attention.base import Attention, LocalBranch, attend
+from tokenconv.blocks.map_layers import depthwise
 from tokenconv.grid import Grid, TokenGrid
 
 Window = tuple[int | None, int | None]
@@ -160,13 +154,15 @@ class HiLoAttention(Attention):
         if self.low_heads:
             y = x
             if self.window_size > 1:
-                y = behind_prefix(to_tokens(self.pool(to_map(x, grid)), grid), x, grid)
+                means = layout.to_tokens(self.pool(layout.to_map(x, grid)), grid)
+                y = layout.behind_prefix(means, x, grid)
             k, v = self.l_kv(y).chunk(2, dim=-1)
             out = attend(self.l_q(x), k, v, self.low_heads, drop=self.drop)
             outs.append(self.l_proj(out))
         return torch.cat(outs, dim=-1)
 
 
+@torch.fx.wrap
 def attend_in_windows(
     q: Tensor,
     k: Tensor,
@@ -197,22 +193,25 @@ def attend_in_windows(
     return torch.cat([attend(q[:, :prefix], k, v, num_heads, drop=drop), out], dim=1)
 
 
+@torch.fx.wrap
 def to_windows(x: Tensor, grid: tuple[Grid, ...], window: Window) -> Tensor:
     """The tokens on the grid as maps of one window each, zeros where the grid ends before."""
     rows, cols, down, right = _sides(grid, window)
-    fmap = F.pad(to_map(x, grid), (0, right, 0, down))
+    fmap = F.pad(layout.to_map(x, grid), (0, right, 0, down))
     return rearrange(fmap, "b c (i h) (j w) -> (b i j) c h w", h=rows, w=cols)
 
 
+@torch.fx.wrap
 def from_windows(fmap: Tensor, grid: tuple[Grid, ...], window: Window) -> Tensor:
     """The inverse of ``to_windows``: tokens, without prefix tokens."""
     rows, cols, down, right = _sides(grid, window)
     height, width = TokenGrid.of(*grid).size[-2:]
     i, j = (height + down) // rows, (width + right) // cols
     fmap = rearrange(fmap, "(b i j) c h w -> b c (i h) (j w)", i=i, j=j)
-    return to_tokens(fmap[:, :, :height, :width], grid)
+    return layout.to_tokens(fmap[:, :, :height, :width], grid)
 
 
+@torch.fx.wrap
 def behind_zeros(x: Tensor, grid: tuple[Grid, ...]) -> Tensor:
     """Tokens behind zeros for the prefix tokens."""
     return F.pad(x, (0, 0, TokenGrid.of(*grid).num_prefix_tokens, 0))
@@ -242,10 +241,3 @@ def _seen(x: Tensor, grid: tuple[Grid, ...], window: Window) -> Tensor | None:
     ones = x.new_ones(x.shape[0], full.num_positions, 1)
     inside = to_windows(ones, (TokenGrid(full.size),), window).flatten(2) > 0
     return F.pad(inside, (full.num_prefix_tokens, 0), value=True)[:, None]
-
-
-for _sizes in (
-    "to_map", "to_tokens", "behind_prefix", "attend_in_windows", "to_windows", "from_windows",
-    "behind_zeros",
-):  # which cannot be traced symbolically  # fmt: skip
-    torch.fx.wrap(_sizes)

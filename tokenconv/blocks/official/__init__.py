@@ -7,24 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from tokenconv.blocks.catalogue import BLOCKS
-from tokenconv.blocks.official import attention, mixers, sources, stems
+from tokenconv.blocks.official import attention, feed_forwards, mixers, separable, stems
 from tokenconv.blocks.official.renames import Renames, Source
 from tokenconv.errors import CheckpointError, UnknownNameError
 
 __all__ = ["SOURCES", "load_official"]
 
 
-def _joined(*parts: Mapping[str, Source]) -> Mapping[str, Source]:
-    """One source has blocks of several groups."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {
-        name: {block: keys for part in parts for block, keys in part.get(name, {}).items()}
-        for name in names
-    }
-
-
-SOURCES = _joined(sources.SOURCES, mixers.SOURCES, attention.ATTENTION, stems.SOURCES)
-"""By the name of a model: the blocks it has, and what its keys are called in them."""
+_PARTS = (feed_forwards, mixers, attention, stems, separable)
+SOURCES: Mapping[str, Source] = {
+    name: {block: keys for part in _PARTS for block, keys in part.SOURCES.get(name, {}).items()}
+    for name in dict.fromkeys(name for part in _PARTS for name in part.SOURCES)
+}
+"""By the name of a model: the blocks it has, and what its keys are called in them. Read in the
+official code, or in timm's and transformers', whose names fit as well."""
 
 
 def load_official(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What keys of the papers' repositories are called in attention, by source and block."""
+"""Keys of attention in the papers' repositories, and in timm's code."""
 
 from torch import nn
 
@@ -62,7 +62,7 @@ def _layers(block: nn.Module, attention: Renames) -> Renames:
     }
 
 
-ATTENTION: Sources = {
+SOURCES: Sources = {
     "cvt": {
         "cvt_attn": {
             **{
@@ -170,4 +170,3 @@ ATTENTION: Sources = {
         }
     },
 }
-"""As ``SOURCES``."""

@@ -131,4 +131,3 @@ SOURCES: Sources = {
     "fastvit": {"fastvit_stem": _fastvit()},
     "vit_adapter": {"spatial_prior": _spatial_prior()},
 }
-"""As ``sources.SOURCES``."""

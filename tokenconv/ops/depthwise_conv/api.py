@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from tokenconv.choice import Choice
-from tokenconv.grid import AnyGrid, MultiGrid, SparseGrid, TokenGrid, grid_of
+from tokenconv.grid import AnyGrid, MultiGrid, PrefixTokens, SparseGrid, TokenGrid, grid_of
 from tokenconv.ops.depthwise_conv import onednn, triton
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
-from tokenconv.ops.depthwise_conv.epilogue import Activation, PrefixTokens, finish
+from tokenconv.ops.depthwise_conv.epilogue import Activation, finish
 from tokenconv.ops.depthwise_conv.gather import depthwise_conv_gather
 from tokenconv.ops.depthwise_conv.naive import depthwise_conv_naive
 from tokenconv.ops.depthwise_conv.reference import depthwise_conv_reference

@@ -1,12 +1,10 @@
 """``torch.nn.functional.conv2d`` on a channels-last view of the tokens."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import TokenGrid, behind_prefix, frames_to_tokens, tokens_to_frames
 
 _IS_NATIVE = {
     dtype: torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
@@ -26,27 +24,14 @@ def depthwise_conv_conv2d(
     dilation: int,
     residual: bool,
 ) -> Tensor:
-    """See ``api.depthwise_conv``; copies nothing around the convolution without prefix tokens.
-
-    Takes the views of ``grid.tokens_to_map`` and ``map_to_tokens`` by itself: einops spends more
-    Python on them than a small convolution can hide.
-    """
+    """See ``api.depthwise_conv``; copies nothing around the convolution without prefix tokens."""
     if x.device.type == "cpu" and not _IS_NATIVE.get(x.dtype, True):
         wide = (x.float(), weight.float(), None if bias is None else bias.float())
         return depthwise_conv_conv2d(*wide, grid, dilation, residual).to(x.dtype)
-    num_prefix_tokens, dim = grid.num_prefix_tokens, x.shape[-1]
-    *frames, rows, cols = grid.size
-    spatial = x[:, num_prefix_tokens:] if num_prefix_tokens else x
-    # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
-    fmap = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
-    padding = dilation * (weight.shape[-1] // 2)
-    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=dim)
+    fmap, padding = tokens_to_frames(x, grid), dilation * (weight.shape[-1] // 2)
+    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
     if residual:
         # In place, because a new tensor of this size costs more than the addition; not under an
         # autocast that made the convolution coarser than x.
         out = out.add_(fmap) if out.dtype == fmap.dtype else fmap + out
-    tokens = out.permute(0, 2, 3, 1).reshape(spatial.shape)
-    if not num_prefix_tokens:
-        return tokens
-    prefix = x[:, :num_prefix_tokens]
-    return torch.cat([prefix.to(out.dtype), tokens], dim=1)  # autocast may have changed the dtype
+    return behind_prefix(frames_to_tokens(out, grid), x, grid.num_prefix_tokens)

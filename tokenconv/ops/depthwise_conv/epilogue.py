@@ -5,11 +5,11 @@ Shape letters: B batch, N tokens = P prefix + grid, C channels.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenconv.choice import Choice
+from tokenconv.grid import PrefixTokens, behind_prefix
 
 
 class Activation(Choice):
@@ -29,17 +29,6 @@ ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.RELU: F.relu,
 }
 """With torch's own functions."""
-
-
-class PrefixTokens(Choice):
-    """What happens to the tokens in front of the grid, which no convolution sees."""
-
-    ACT = "act"
-    """They skip the convolution and its bias, and take activation and gate."""
-    PASS = "pass"
-    """They stay as they are."""
-    ZERO = "zero"
-    """They become zero."""
 
 
 def finish(
@@ -64,7 +53,4 @@ def finish(
     out = out if gate is None else out * gate
     if prefix_tokens == PrefixTokens.ACT or not num_prefix_tokens:
         return out
-    prefix = x[:, :num_prefix_tokens].to(out.dtype)
-    if prefix_tokens == PrefixTokens.ZERO:
-        prefix = torch.zeros_like(prefix)
-    return torch.cat([prefix, out[:, num_prefix_tokens:]], dim=1)
+    return behind_prefix(out[:, num_prefix_tokens:], x, num_prefix_tokens, prefix_tokens)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenconv.errors import GridError
-from tokenconv.grid import SparseGrid
+from tokenconv.grid import SparseGrid, behind_prefix
 
 _SIDE = 1 << 20  # of the square, or cube, in which a position has a number
 _NOWHERE = -(1 << 62)
@@ -43,7 +43,7 @@ def depthwise_conv_gather(
     if residual:
         out = out + tokens
     out = torch.where(empty[..., None], tokens, out.to(x.dtype))
-    return torch.cat([x[:, :num_prefix_tokens], out], dim=1) if num_prefix_tokens else out
+    return behind_prefix(out, x, num_prefix_tokens)
 
 
 class _SumOfTaps(torch.autograd.Function):

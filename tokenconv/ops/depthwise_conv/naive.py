@@ -1,12 +1,9 @@
 """Tokens copied to NCHW and back, as most code has it: a control, to be measured against."""
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import TokenGrid, behind_prefix, frames_to_tokens, tokens_to_frames
 
 
 def depthwise_conv_naive(
@@ -18,15 +15,9 @@ def depthwise_conv_naive(
     residual: bool,
 ) -> Tensor:
     """See ``api.depthwise_conv``; two copies around the convolution, and two for prefix tokens."""
-    *frames, rows, cols = grid.size
-    num_prefix, (batch, _, dim) = grid.num_prefix_tokens, x.shape
-    prefix, spatial = x[:, :num_prefix], x[:, num_prefix:]
-    # (B, T*H*W, C) -> (B*T, C, H, W); a plain grid is one frame
-    tokens = spatial.reshape(batch * math.prod(frames), rows * cols, dim)
-    fmap = tokens.transpose(1, 2).contiguous().unflatten(2, (rows, cols))
-    padding = dilation * (weight.shape[-1] // 2)
-    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=dim)
+    fmap, padding = tokens_to_frames(x, grid).contiguous(), dilation * (weight.shape[-1] // 2)
+    out = F.conv2d(fmap, weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
     if residual:
         out = out + fmap
-    back = out.flatten(2).transpose(1, 2).contiguous().reshape(spatial.shape)
-    return torch.cat([prefix.to(back.dtype), back], dim=1) if num_prefix else back
+    tokens = frames_to_tokens(out, grid).contiguous()
+    return behind_prefix(tokens, x, grid.num_prefix_tokens)

@@ -7,7 +7,6 @@ frozen weights; this is the same primitive in eager mode.
 Shape letters: B batch, N tokens = P prefix + grid, C channels, K kernel side.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokenconv.grid import TokenGrid
-from tokenconv.ops.depthwise_conv.epilogue import ACTIVATE, Activation, PrefixTokens, finish
+from tokenconv.grid import PrefixTokens, TokenGrid, frames_to_tokens, tokens_to_frames
+from tokenconv.ops.depthwise_conv.epilogue import ACTIVATE, Activation, finish
 
 _ATTRIBUTES: dict[Activation | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -76,22 +75,20 @@ def depthwise_conv_onednn(
     prefix_tokens: PrefixTokens,
 ) -> Tensor:
     """See ``api.depthwise_conv``; prefix tokens take two copies, as anywhere on a CPU."""
-    num_prefix_tokens, dim = grid.num_prefix_tokens, x.shape[-1]
-    *frames, rows, cols = grid.size
-    spatial = x[:, num_prefix_tokens:].contiguous() if num_prefix_tokens else x
-    # (B, T*H*W, C) -> (B*T, H, W, C) -> (B*T, C, H, W); a plain grid is one frame
-    fmap = spatial.reshape(x.shape[0] * math.prod(frames), rows, cols, dim).permute(0, 3, 1, 2)
+    num_prefix_tokens, fmap = grid.num_prefix_tokens, tokens_to_frames(x, grid)
+    if num_prefix_tokens:
+        fmap = fmap.contiguous(memory_format=torch.channels_last)
     in_kernel = residual and activation is not None
     kernel = _kernel(weight, in_kernel)
     around = [dilation * (weight.shape[-1] // 2)] * 2
     attribute, algorithm = _ATTRIBUTES[activation]
     out = torch.ops.mkldnn._convolution_pointwise(
         fmap, kernel, None if bias is None else bias.contiguous(), around, [1, 1], [dilation] * 2,
-        dim, attribute, [], algorithm,
+        x.shape[-1], attribute, [], algorithm,
     )  # fmt: skip
     if residual and not in_kernel:
         out = out.add_(fmap)  # keeps `x + 0` the same to the bit, as insertion promises
-    tokens = out.permute(0, 2, 3, 1).reshape(spatial.shape)
+    tokens = frames_to_tokens(out, grid)
     if num_prefix_tokens:
         prefix = x[:, :num_prefix_tokens]
         if activation is not None:  # which ``finish`` takes back for other policies

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenconv.grid import TokenGrid
+from tokenconv.grid import PrefixTokens, TokenGrid
 from tokenconv.ops.depthwise_conv.conv2d import depthwise_conv_conv2d
-from tokenconv.ops.depthwise_conv.epilogue import Activation, PrefixTokens, finish
+from tokenconv.ops.depthwise_conv.epilogue import Activation, finish
 
 KERNELS = (3, 5, 7)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
