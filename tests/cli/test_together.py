@@ -41,8 +41,8 @@ def test_one_of_three_reports_is_written_and_whole(tmp_path: Path):
     others = {*blocks} - {block}
     for name in ("report.html", "report.md"):
         text = (tmp_path / "report" / name).read_text()
-        assert block in text
-        assert not [other for other in others if other in text]
+        assert f"--block {block}" in text
+        assert not [other for other in others if f"--block {other}" in text]
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".cache"]
 
 
