@@ -82,8 +82,8 @@ def test_a_sweep_keeps_what_is_not_asked_for(exports, tmp_path, capsys):
     for words in (["--blocks", "peg"], ["--blocks", "l?u"]):
         assert exports.main([*words, "--targets", "pt2", "--out", str(out)]) == 0
     found = rows(out.read_text())
-    assert found["peg"] == found["lpu"] == "| not tried | 0.0e+00 | not tried |"
-    assert found["mix_ffn"] == "| not tried | not tried | not tried |"
+    assert found["peg"] == found["lpu"] == "| not tried | 0.0e+00 | not tried | not tried |"
+    assert found["mix_ffn"] == "| not tried | not tried | not tried | not tried |"
     assert rows(capsys.readouterr().out)["lpu"] == found["lpu"]
 
 

@@ -504,7 +504,7 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(
         (["--drop-path", "2"], "expected --drop-path from 0 to below 1, got 2"),
         (["--auto-augment", "nonsense"], "timm has no --auto-augment nonsense"),
         (["--mixup", "0.2", "--batch-size", "15"], "mix pairs: take parts of an even size"),
-        (["--base", "damaged"], "timm cannot make vit_tiny_patch16_224: "),
+        (["--base", "damaged"], "--base damaged holds no weights: "),
         (["--fsdp"], "--fsdp needs several processes"),
     ],
 )
