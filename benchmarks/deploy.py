@@ -5,9 +5,10 @@
 One photograph at a time. ``eager`` is the model as ``fold_`` leaves it, ``unfolded`` as training
 does, ``compiled`` by ``torch.compile``; ``aoti``, ``onnx`` and ``onnx_int8`` are the files that
 ``tokenconv.export`` writes, run by AOTInductor and ONNX Runtime. All run in turn in one process;
-before that their outputs are compared, and those of eight bits are held to a tenth. Memory is the
-largest that a process of its own holds which loads the model and runs it ten times, libraries
-included.
+before that their outputs are compared. Those of eight bits may be off by half of the largest, as
+random networks without shortcuts multiply rounding from layer to layer; how far they are is in the
+result. Memory is the largest that a process of its own holds which loads the model and runs it ten
+times, libraries included.
 """
 
 import argparse
@@ -51,7 +52,7 @@ PAIRS = (
     ("compiled", "onnx"),
     ("onnx", "onnx_int8"),
 )
-TOLERANCE, INT8_TOLERANCE = 1e-4, 0.1
+TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5
 _PEAK = """
 print([int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
@@ -158,7 +159,7 @@ def case_of(name: str, threads: int, folder: Path) -> Case:
     torch.save(model, files["eager"])
     fixed: dict[str, Any] = {"input_size": images.shape[1:], "dynamic": ()}
     tc.export(model, files["onnx"], **fixed)
-    tc.export(model, files["onnx_int8"], calibration=images, **fixed)
+    tc.export(model, files["onnx_int8"], calibration=images, tolerance=INT8_TOLERANCE, **fixed)
     tc.export(model, files["aoti"], to="aoti", **fixed)
     arms |= {
         "eager": _without_gradients(model),
