@@ -65,6 +65,14 @@ with torch.inference_mode():
     for _ in range(10):
         model(images)
 """
+_MODEL = """
+import sys, timm
+import tokenconv as tc
+base, _, block = sys.argv[1].partition("+")
+model = timm.create_model(base).eval()
+if block:
+    tc.fold_(tc.insert_(model, block))
+"""
 _ONNX = """
 import sys, numpy, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -73,15 +81,14 @@ session = onnxruntime.InferenceSession(sys.argv[1], options)
 for _ in range(10):
     session.run(None, {"images": numpy.zeros((1, 3, 224, 224), numpy.float32)})
 """
-_EAGER = "torch.load(sys.argv[1], weights_only=False)"  # what this process has just written
 PROCESSES = {
-    "eager": _TORCH.format(load=_EAGER),
-    "compiled": _TORCH.format(load=f"torch.compile({_EAGER})"),
+    "eager": _MODEL + _TORCH.format(load="model"),
+    "compiled": _MODEL + _TORCH.format(load="torch.compile(model)"),
     "aoti": _TORCH.format(load="torch._inductor.aoti_load_package(sys.argv[1])"),
     "onnx": _ONNX,
     "onnx_int8": _ONNX,
 }
-"""What a process does to load and run an arm; its words are a file and a number of threads."""
+"""What a process does to have and run an arm; its words are a name or a file, and threads."""
 
 
 def make(name: str) -> nn.Module:
@@ -111,6 +118,7 @@ class Case:
     threads: int
     arms: dict[str, Callable[[Tensor], Tensor]]
     files: dict[str, Path]
+    """Those of what has left Python."""
     images: Tensor
 
     def __str__(self) -> str:
@@ -137,7 +145,7 @@ class Case:
     def peaks(self) -> dict[str, int]:
         """Bytes that a process of its own holds at most, by arm."""
         return {
-            arm: peak_of(program, self.files[arm], self.threads)
+            arm: peak_of(program, str(self.files.get(arm, self.model)), self.threads)
             for arm, program in PROCESSES.items()
         }
 
@@ -152,11 +160,10 @@ def case_of(name: str, threads: int, folder: Path) -> Case:
         arms["unfolded"] = _without_gradients(copy.deepcopy(model))
         tc.fold_(model)
     files = {
-        "eager": folder / "eager.pt", "aoti": folder / "aoti.pt2",
-        "onnx": folder / "float.onnx", "onnx_int8": folder / "int8.onnx",
-    }  # fmt: skip
-    files["compiled"] = files["eager"]
-    torch.save(model, files["eager"])
+        "aoti": folder / "aoti.pt2",
+        "onnx": folder / "float.onnx",
+        "onnx_int8": folder / "int8.onnx",
+    }
     fixed: dict[str, Any] = {"input_size": images.shape[1:], "dynamic": ()}
     tc.export(model, files["onnx"], **fixed)
     tc.export(model, files["onnx_int8"], calibration=images, tolerance=INT8_TOLERANCE, **fixed)
@@ -184,9 +191,9 @@ def _session(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def peak_of(program: str, file: Path, threads: int) -> int:
+def peak_of(program: str, what: str, threads: int) -> int:
     """Bytes that a process holds at most."""
-    words = [sys.executable, "-c", program + _PEAK, str(file), str(threads)]
+    words = [sys.executable, "-c", program + _PEAK, what, str(threads)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return 1024 * int(done.stdout.split()[-1])
 

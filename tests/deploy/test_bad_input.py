@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tokenconv as tc
+from tokenconv.deploy.programs import brief
 
 
 class Noisy(nn.Module):
@@ -153,6 +154,13 @@ def test_programs_for_phones(refused, small, monkeypatch):
     refused(small, message, dynamic=(), **options)
     monkeypatch.setitem(sys.modules, "executorch.exir", sys)
     refused(small, r"plans its memory for one shape of images: pass dynamic=\(\)", **options)
+
+
+def test_errors_of_torch_in_one_line():
+    error = RuntimeError('\x1b[31mno view\x1b[0m\n\nOriginal traceback:\nFile "/home/me/model.py"')
+    assert brief(error) == "no view"
+    assert brief(ValueError()) == "ValueError"
+    assert brief(ValueError("a" * 500)) == "a" * 400 + "..."
 
 
 def test_a_dtype_that_the_runtime_does_not_compute(refused, small):

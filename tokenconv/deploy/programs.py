@@ -58,8 +58,9 @@ def program_of(model: nn.Module, images: Tensor, sizes: Sizes) -> ExportedProgra
 
 
 def brief(error: BaseException, most: int = 400) -> str:
-    """An error in one line; torch's are pages long."""
-    text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
+    """An error in one line; torch's are pages long, and end in where the model stands."""
+    text = " ".join(_COLOUR.sub("", str(error)).partition("Original traceback")[0].split())
+    text = text or type(error).__name__
     return text if len(text) <= most else f"{text[:most]}..."
 
 
