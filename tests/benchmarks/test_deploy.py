@@ -47,10 +47,11 @@ def test_arms_that_compute_something_else_are_not_timed(deploy):
 def test_a_peak_is_that_of_the_process_itself(deploy):
     """Not that of this one, which holds more."""
     little, much = (
-        deploy.peak_of(f"import sys; held = bytearray({size})", "", 1) for size in (1, 50 * 2**20)
+        deploy.peak_of(f"import sys; held = b'1' * {size}", "", 1) for size in (1, 50 * 2**20)
     )
     assert little < 40 * 2**20
-    assert 50 * 2**20 <= much - little < 55 * 2**20
+    # The kernel counts resident pages by the batch: a quarter of a MiB may be missing.
+    assert 49 * 2**20 < much - little < 55 * 2**20
 
 
 def test_models_are_as_they_are_said_to_be(deploy):
