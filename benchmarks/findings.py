@@ -106,9 +106,22 @@ def accuracy(content: Content) -> Found:
         own = [r for r in rows if (r["setting"], r["task"], r["arm"]) == (setting, task, arm)]
         return max(own, key=lambda row: row["scenes"])
 
+    def short() -> str:
+        """Every arm with the most scenes, a column for each setting and task."""
+        columns = dict.fromkeys((row["setting"], row["task"], row["metric"]) for row in rows)
+        most = max(row["scenes"] for row in rows)
+        found = {(r["setting"], r["task"], r["arm"]): r for r in rows if r["scenes"] == most}
+        lines = [
+            [arm, *(_value(found.get((setting, task, arm))) for setting, task, _ in columns)]
+            for arm in dict.fromkeys(row["arm"] for row in rows)
+        ]
+        header = [f"{setting}, {metric}" for setting, _, metric in columns]
+        return table([[f"{most} scenes", *header], *lines])
+
     settings = content["settings"]
     return {
         "tables": accuracy_tables(rows),
+        "short": short,
         "runs": len(content["runs"]),
         "comparisons": len(compared),
         "differences": differences,
@@ -117,6 +130,17 @@ def accuracy(content: Content) -> Found:
         "tokens": (settings["size"] // 4) ** 2,
         "amounts": len(FRACTIONS),
     }
+
+
+def _value(row: Content | None) -> str:
+    """In percent, with the difference from the baseline and its interval."""
+    if row is None:
+        return ""
+    difference = row["difference"]
+    if difference is None:
+        return f"{100 * row['value']['mean']:.1f} ± {100 * row['value']['half']:.1f}"
+    apart = f"{100 * difference['mean']:+.1f} ± {100 * difference['half']:.1f}"
+    return f"{100 * row['value']['mean']:.1f} ({apart})"
 
 
 def classics(content: Content) -> Found:
