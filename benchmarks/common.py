@@ -99,9 +99,15 @@ def facts(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "device": machine.device_name(device),
         "cpus": os.cpu_count(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
         "load_average_before": round(machine.load(), 2),
         "versions": machine.versions(),
     }
+
+
+def _matters(name: str) -> bool:
+    """Whether a variable of the environment says what PyTorch computes with."""
+    return name.startswith(("ATEN_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH"))
 
 
 def compiled(work: Any) -> Any:
@@ -210,6 +216,19 @@ def time_arms(
             if one in samples and other in samples
         },
     }
+
+
+def medians(spreads: Mapping[str, Any], names: Iterable[str], digits: int = 2) -> list[str]:
+    """Cells with the median of each, empty where there is none."""
+    return [f"{spreads[n]['median']:.{digits}f}" if n in spreads else "" for n in names]
+
+
+def medians_with_iqr(spreads: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The same, with interquartile ranges in brackets."""
+    return [
+        f"{spreads[n]['median']:.3f} ({spreads[n]['iqr']:.3f})" if n in spreads else ""
+        for n in names
+    ]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

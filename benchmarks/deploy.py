@@ -30,6 +30,8 @@ from common import (
     check_alike,
     compiled,
     let_norms_know,
+    medians,
+    medians_with_iqr,
     set_up,
     time_arms,
     write_json,
@@ -213,7 +215,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             total = len(case.arms) * (args.warmup + args.repeats)
             with tqdm(total=total, unit="step", desc=str(case), leave=False) as bar:
                 timed = time_arms(case.steps(), args, PAIRS, bar)
-            peaks = {} if args.no_memory else case.peaks()
+            peaks = case.peaks()
             sizes = {arm: path.stat().st_size for arm, path in case.files.items()}
         yield {
             "model": name, "threads": threads, "difference": difference, "peak_bytes": peaks,
@@ -227,13 +229,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [["model", "threads", *(f"{arm} ms" for arm in ARMS), *ratios,
               *(f"{arm} MiB" for arm in PROCESSES)]]  # fmt: skip
     for row in rows:
-        ms, paired, peaks = row["latency_ms"], row["ratio"], row["peak_bytes"]
+        peaks = row["peak_bytes"]
         lines.append([
             row["model"], str(row["threads"]),
-            *(f"{ms[arm]['median']:.2f}" if arm in ms else "" for arm in ARMS),
-            *(f"{paired[r]['median']:.2f} ({paired[r]['iqr']:.2f})" if r in paired else ""
-              for r in ratios),
-            *(f"{peaks[arm] / 2**20:.0f}" if arm in peaks else "" for arm in PROCESSES),
+            *medians(row["latency_ms"], ARMS), *medians_with_iqr(row["ratio"], ratios),
+            *(f"{peaks[arm] / 2**20:.0f}" for arm in PROCESSES),
         ])  # fmt: skip
     return aligned(lines, keys=2)
 
@@ -244,7 +244,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads-of-arms", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--no-memory", action="store_true", help="without processes of their own")
     parser.set_defaults(repeats=50, warmup=5)
     args = parser.parse_args(words)
     if args.device != "cpu" or args.dtype != "float32":

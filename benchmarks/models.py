@@ -26,6 +26,8 @@ from common import (
     add_options,
     check_alike,
     compiled,
+    medians,
+    medians_with_iqr,
     peak_bytes,
     set_up,
     time_arms,
@@ -245,12 +247,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [["model", "mode", "batch", *(f"{arm} ms" for arm in arms), *ratios,
               *(f"{arm} MiB" for arm in peaks)]]  # fmt: skip
     for row in rows:
-        ms, paired, memory = row["latency_ms"], row["ratio"], row.get("peak_bytes", {})
+        memory = row.get("peak_bytes", {})
         lines.append([
             row["model"], row["mode"], str(row["batch_size"]),
-            *(f"{ms[arm]['median']:.2f}" if arm in ms else "" for arm in arms),
-            *(f"{paired[r]['median']:.3f} ({paired[r]['iqr']:.3f})" if r in paired else ""
-              for r in ratios),
+            *medians(row["latency_ms"], arms), *medians_with_iqr(row["ratio"], ratios),
             *(f"{memory[arm] / 2**20:.0f}" if arm in memory else "" for arm in peaks),
         ])  # fmt: skip
     return aligned(lines, keys=2)

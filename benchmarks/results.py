@@ -80,7 +80,8 @@ class Result:
             is_script = words[0] == "python"
             kept = ["--out", os.path.relpath(self.path, ROOT)] if is_script else []
             words[place : place + 2] = kept
-        return shlex.join(words)
+        set_first = [f"{name}={value}" for name, value in self.made.get("environment", {}).items()]
+        return shlex.join([*set_first, *words])
 
     @property
     def origin(self) -> str:

@@ -121,6 +121,18 @@ def test_layers_that_stay_in_float(folded, tmp_path):
     assert "  float, depthwise: " in str(report)
 
 
+def test_depthwise_is_one_kernel_per_channel(tmp_path):
+    """Neither groups of several channels nor a single channel for all."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8)
+    )
+    report = tc.export(
+        model, tmp_path / "a.onnx", input_size=(1, 12, 12), calibration=torch.rand(2, 1, 12, 12),
+        keep_float="depthwise",
+    )  # fmt: skip
+    assert report.quantization == QuantizationReport(("0", "1"), {"2": "depthwise"})
+
+
 def test_each_channel_of_a_depthwise_kernel_has_its_own_scale(tmp_path):
     """One for all of them would round most away."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
