@@ -259,6 +259,20 @@ def test_linear_layers_in_pytorch(folded, how):
         assert 1e-4 < off(model(images), folded(images)) < 0.1
 
 
+@pytest.mark.parametrize(("how", "is_exact"), [("int8_weight_only", True), ("int8_dynamic", False)])
+def test_what_is_rounded(how, is_exact):
+    """These weights are integers of eight bits, and stay what they are; the inputs are none."""
+    layer = nn.Linear(64, 8)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(-127, 129).repeat(2).reshape(8, 64).clamp(max=127))
+        layer.weight[:, 0] = 127.0  # the largest of every channel
+    model = nn.Sequential(copy.deepcopy(layer))
+    tc.quantize_(model, how)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (off(model(x), layer(x)) < 1e-5) == is_exact
+
+
 def test_ends_stay_in_float_in_pytorch():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     report = tc.quantize_(model, keep_float=KeepFloat.ENDS)
