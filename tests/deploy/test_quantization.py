@@ -85,6 +85,29 @@ def test_every_layer_of_a_file_has_eight_bits_per_channel(folded, exported):
     }
 
 
+def test_matrix_products_give_floats(exported):
+    graph = onnx.load(exported[0]).graph
+    products = {n.output[0] for n in graph.node if n.op_type in ("Gemm", "MatMul")}
+    rounded = {n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
+    assert products
+    assert not products & rounded
+
+
+def test_what_was_quantised_is_what_is_checked(small, tmp_path, monkeypatch):
+    def spoil(path, calibration):
+        model = onnx.load(path)
+        gelu = onnx.helper.make_node("Gelu", ["images"], ["unused"], domain="com.microsoft")
+        model.graph.node.append(gelu)
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        onnx.save(model, path)
+
+    monkeypatch.setattr("tokenconv.deploy.targets.quantize_onnx", spoil)
+    with pytest.raises(tc.ExportError, match="operators of com.microsoft are left"):
+        tc.export(
+            small, tmp_path / "a.onnx", input_size=(3, 8, 12), calibration=IMAGES[:, :, :8, :12]
+        )
+
+
 def test_a_file_of_eight_bits_is_standard_and_open(folded, exported):
     path, report = exported
     model = onnx.load(path)
@@ -265,10 +288,11 @@ def test_what_is_rounded(how, is_exact):
     layer = nn.Linear(64, 8)
     with torch.no_grad():
         layer.weight.copy_(torch.arange(-127, 129).repeat(2).reshape(8, 64).clamp(max=127))
-        layer.weight[:, 0] = 127.0  # the largest of every channel
+        layer.weight[:, 0] = 127.5  # of every channel the largest, which makes its scale 1
     model = nn.Sequential(copy.deepcopy(layer))
     tc.quantize_(model, how)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = 0
     with torch.no_grad():
         assert (off(model(x), layer(x)) < 1e-5) == is_exact
 
