@@ -93,6 +93,77 @@ def test_matrix_products_give_floats(exported):
     assert not products & rounded
 
 
+@pytest.mark.parametrize("dynamic", [(), ("batch", "hw")], ids=["fixed", "open"])
+def test_onnx_runtime_computes_every_layer_in_integers(folded, tmp_path, dynamic):
+    options = {"input_size": (3, 64, 48), "dynamic": dynamic, "calibration": IMAGES}
+    report = tc.export(folded, tmp_path / "a.onnx", **options)
+    chosen = onnxruntime.SessionOptions()
+    chosen.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    chosen.log_severity_level = 3  # the optimized file is for this machine: so it warns
+    onnxruntime.InferenceSession(tmp_path / "a.onnx", chosen, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    integers = [k for k in kinds if k in ("QLinearConv", "QGemm", "MatMulIntegerToFloat")]
+    assert len(integers) == len(report.quantization.layers)
+    weights = {one.name for one in graph.initializer if len(one.dims) > 1}
+    unpacked = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights]
+    assert not unpacked
+
+
+class Projection(nn.Module):
+    """Three channels to four, at every position."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.fc.weight.data.copy_(weight)
+        self.fc.bias.data.copy_(bias)
+
+    def forward(self, images):
+        return self.fc(images.permute(0, 2, 3, 1))
+
+
+def added(path):
+    """What is added to the one matrix product of a file: steps and their size, or floats."""
+    model = onnx.load(path)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    (add,) = [node for node in model.graph.node if node.op_type == "Add"]
+    (bias,) = [name for name in add.input if makers.get(name, add).op_type != "MatMul"]
+    assert {*constants} <= {name for node in model.graph.node for name in node.input}
+    if bias in constants:
+        return constants[bias], None
+    (product,) = [node for node in model.graph.node if node.op_type == "MatMul"]
+    steps = [constants[makers[name].input[1]] for name in product.input]
+    values, scales = (constants[name] for name in makers[bias].input)
+    torch.testing.assert_close(torch.tensor(scales), torch.tensor(steps[0] * steps[1]))
+    return values, scales
+
+
+def test_biases_are_integers_in_steps_of_their_products(tmp_path):
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    weight[2] = 0  # a channel that is its bias alone
+    bias = torch.tensor([0.3, -2.0, 1.5, 0.0])
+    model = Projection(weight, bias)
+    options = {"input_size": (3, 8, 12), "calibration": IMAGES[:, :, :8, :12]}
+    report = tc.export(model, tmp_path / "a.onnx", **options)
+    values, scales = added(tmp_path / "a.onnx")
+    assert values.dtype == "int32"
+    assert (abs(values * scales - bias.numpy()) <= scales / 2 + 1e-7).all()
+    assert values[3] == 0
+    assert report.difference < 0.02
+
+
+def test_a_bias_of_too_many_steps_stays_a_float(tmp_path):
+    model = Projection(1e-9 * torch.eye(4, 3), torch.tensor([0.3, -2.0, 1.5, 0.0]))
+    options = {"input_size": (3, 8, 12), "calibration": IMAGES[:, :, :8, :12]}
+    report = tc.export(model, tmp_path / "a.onnx", **options)
+    values, scales = added(tmp_path / "a.onnx")
+    assert scales is None
+    assert values.tolist() == model.fc.bias.tolist()
+    assert report.difference < 1e-6
+
+
 def test_what_was_quantised_is_what_is_checked(small, tmp_path, monkeypatch):
     def spoil(path, calibration):
         model = onnx.load(path)
