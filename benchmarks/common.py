@@ -106,8 +106,14 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def _matters(name: str) -> bool:
-    """Whether a variable of the environment says what PyTorch computes with."""
-    return name.startswith(("ATEN_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH"))
+    """Whether a variable of the environment says what PyTorch computes with.
+
+    Where it keeps files it sets itself, once something was compiled.
+    """
+    names_folder = name.endswith(("_DIR", "_HOME"))
+    return (
+        name.startswith(("ATEN_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH")) and not names_folder
+    )
 
 
 def compiled(work: Any) -> Any:

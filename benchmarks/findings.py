@@ -180,8 +180,8 @@ def compare(content: Content) -> Found:
 def deploy(content: Content) -> Found:
     """Times of a model in and out of Python, and the memory of a process that serves it."""
     rows = content["rows"]
-    arms = dict.fromkeys(arm for row in rows for arm in row["latency_ms"])
-    pairs = dict.fromkeys(pair for row in rows for pair in row["ratio"])
+    arms = max((row["latency_ms"] for row in rows), key=len)  # with a block, so with a fold
+    pairs = max((row["ratio"] for row in rows), key=len)
     served = dict.fromkeys(arm for row in rows for arm in row["peak_bytes"])
 
     def spreads(pair: str, family: str | tuple[str, ...] = "") -> list[Content]:
@@ -270,8 +270,8 @@ def kernels(content: Content) -> Found:
 def models(content: Content) -> Found:
     """Times of whole models, and the ratios of their arms."""
     rows = content["rows"]
-    arms = dict.fromkeys(arm for row in rows for arm in row["latency_ms"])
-    pairs = dict.fromkeys(pair for row in rows for pair in row["ratio"])
+    arms = max((row["latency_ms"] for row in rows), key=len)  # with a block, so with a fold
+    pairs = max((row["ratio"] for row in rows), key=len)
 
     def spreads(
         pair: str,
