@@ -100,7 +100,7 @@ def summary_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Bytes per second of every arm in the forward pass, under the line of a copy.
+    """Bytes per second of every arm in the forward pass, beside the stroke of a copy.
 
     Counted are the two tensors that have to be moved, whatever an arm moves.
 
@@ -115,25 +115,32 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         return
     rows = [row for row in result["rows"] if row["mode"] == "forward"]
     arms = [name for name in COMPARED if any(name in row["latency_ms"] for row in rows)]
-    width = 0.84 / len(arms)
+    colors = {name: f"C{i}" for i, name in enumerate(n for n in arms if "_compiled" not in n)}
 
     def reached(row: Mapping[str, Any], name: str) -> float:
         spread = row["latency_ms"].get(name)
-        return 2e-6 * row["input_bytes"] / spread["median"] if spread else 0.0
+        return 2e-6 * row["input_bytes"] / spread["median"] if spread else math.nan
 
-    figure = Figure(figsize=(max(6.0, 1.1 * len(rows)), 4.6), layout="constrained")
+    figure = Figure(figsize=(8.0, 1.6 + 0.42 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    for number, name in enumerate(arms):
-        places = [i + (number - (len(arms) - 1) / 2) * width for i in range(len(rows))]
-        axis.bar(places, [reached(row, name) for row in rows], width, label=name)
+    lines = range(len(rows))
+    for name in arms:
+        color = colors.get(name.removesuffix("_compiled"), "gray")
+        fill = "none" if name.endswith("_compiled") else color
+        reach = [reached(row, name) for row in rows]
+        axis.plot(
+            reach, lines, "o", ms=9, mec=color, mfc=fill, mew=1.8, alpha=0.85, ls="", label=name
+        )
     limits = [reached(row, "copy") for row in rows]
-    if any(limits):
-        ends = [i - 0.46 for i in range(len(rows))], [i + 0.46 for i in range(len(rows))]
-        axis.hlines(limits, *ends, color="black", label="copy")
-    axis.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=30, ha="right")
-    axis.set_ylabel("GB/s of the two tensors that must be moved")
-    axis.grid(axis="y", alpha=0.3)
+    if not all(map(math.isnan, limits)):
+        axis.plot(limits, lines, "|", color="black", ms=18, mew=2, ls="", label="copy")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_yticks(lines, [row["case"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("GB/s of the two tensors that must be moved (logarithmic)")
+    axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
     axis.set_title(f"{result['device']}, {result['dtype']}, activation: {result['activation']}")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     write_figure(figure, path)
