@@ -99,7 +99,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run, what --out of training was")
-    parser.add_argument("--calibrate", type=int, default=64, help="pictures to calibrate with")
+    parser.add_argument(
+        "--calibration-images", type=int, default=64, help="pictures to calibrate with"
+    )
     parser.add_argument("--keep-float", nargs="+", default=[], help="depthwise, ends or both")
     parser.add_argument("--out", type=Path, help="folder of the files; default: RUN/onnx")
     return parser.parse_args(words)
@@ -117,9 +119,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         tc.fold_(backbone_of(model))
     size = told.img_size or resolve_model_data_config(backbone_of(model))["input_size"][1:]
     size = size[0], size[-1]
-    images = torch.stack([
-        center_crop(image, list(size)) for image, *_ in Prepared(train, prepare, args.calibrate)
-    ])  # fmt: skip
+    chosen = Prepared(train, prepare, args.calibration_images)
+    images = torch.stack([center_crop(image, list(size)) for image, *_ in chosen])
     out = args.out or args.run / "onnx"
     out.mkdir(parents=True, exist_ok=True)
     files = {"onnx float32": out / "float32.onnx", "onnx int8": out / "int8.onnx"}

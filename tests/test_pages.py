@@ -10,11 +10,13 @@ import doctest
 import re
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import tokenconv as tc
 from tokenconv.cli import main
@@ -92,12 +94,15 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command)[1:]
     if words[0] == "compare":
         words += ["--repeats", "2", "--batch-size", "1", "--mode", "infer"]
-    if words[0] == "analyze":
-        words = [word for word in words if word != "--pretrained"]  # nothing is downloaded
-    if "--hybrid" in words:
+    words = [word for word in words if word != "--pretrained"]  # nothing is downloaded
+    said = dict(pairwise(words))
+    if "--hybrid" in said:
         torch.manual_seed(0)  # as the command does
-        hybrid = tc.insert_(timm.create_model(words[1]), "mix_ffn")
-        tc.save(hybrid, words[words.index("--hybrid") + 1])
+        base = timm.create_model(words[1], num_classes=int(said.get("--num-classes", 1000)))
+        tc.save(tc.insert_(base, "mix_ffn"), said["--hybrid"])
+    if "--calibration" in said:
+        (tmp_path / said["--calibration"]).mkdir()
+        Image.effect_noise((260, 240), 60).save(tmp_path / said["--calibration"] / "a.png")
     assert main(words) == 0
     if words[0] == "export":
         assert (tmp_path / words[words.index("--out") + 1]).is_file()

@@ -57,7 +57,7 @@ def test_a_saved_hybrid_is_shown_beside_the_model_without(tmp_path: Path, capsys
     assert main(["analyze", "test_vit", *words, "--batch-size", "1", "--out", str(out)]) == 0
     kept = json.loads((out / "analysis.json").read_text())
     plain, hybrid = kept["fields"]
-    assert (plain["name"], hybrid["name"]) == ("attention_only", "hybrid")
+    assert (plain["name"], hybrid["name"]) == ("baseline", "hybrid")
     assert len(hybrid["attention_distance_tokens"]) == 6
     assert hybrid["radius_pixels"]["0.5"] > plain["radius_pixels"]["0.5"]
     moved = {each["name"]: each["distance_from_identity"][1] for each in kept["depthwise"]}

@@ -16,6 +16,10 @@ def printed(capsys: pytest.CaptureFixture[str], words: str) -> str:
     return capsys.readouterr().out
 
 
+def params(capsys: pytest.CaptureFixture[str], words: list[str]) -> int:
+    return json.loads(printed(capsys, " ".join([*words, "--json"])))["params"]
+
+
 def hybrid() -> torch.nn.Module:
     model = timm.create_model("test_vit", img_size=(64, 96))
     return tc.insert_(model, "mix_ffn", blocks=slice(3, None), kernel_size=5)
@@ -137,3 +141,18 @@ def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str], words: s
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("tokenconv")
     assert expected in last
+
+
+@pytest.mark.parametrize(
+    ("words", "grows"),
+    [("test_vit --block cvt_attn --blocks 0", True), ("pvt_v2_b0 --block none", False)],
+)
+def test_who_names_what_goes_nowhere_else_has_asked_for_it(capsys, words, grows):
+    name, *more = words.split()
+    plain, changed = (params(capsys, [name, *own]) for own in ([], more))
+    assert (changed > plain, changed < plain) == (grows, not grows)
+
+
+def test_hybrids_have_names(capsys):
+    name, block = "vit_tiny_patch16_224", "mix_ffn"
+    assert params(capsys, [f"{name}_{block}"]) == params(capsys, [name, "--block", block])

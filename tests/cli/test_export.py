@@ -16,7 +16,7 @@ SMALL = ["export", "test_vit", "--img-size", "32", "48", "--num-classes", "4", "
 
 def test_a_folded_hybrid_of_any_size(tmp_path: Path, capsys):
     torch.manual_seed(0)  # as the command does
-    model = timm.create_model("test_vit", num_classes=4, dynamic_img_size=True)
+    model = timm.create_model("test_vit", num_classes=4, dynamic_img_size=True, img_size=(32, 48))
     tc.insert_(model, "mix_ffn", blocks=slice(3, None))
     for name, parameter in model.named_parameters():
         if ".before." in name:

@@ -29,7 +29,7 @@ def run_analyze(args: argparse.Namespace) -> None:
         if args.checkpoint:
             weights = str(args.checkpoint)
             _load(model, args.checkpoint)
-        models = {"attention_only" if args.hybrid else args.model: model}
+        models = {"baseline" if args.hybrid else args.model: model}
         if args.hybrid:
             weights = f"{weights} and {args.hybrid}"
             model = models[args.hybrid.name] = load_(copy.deepcopy(model), args.hybrid)

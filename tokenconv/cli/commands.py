@@ -35,6 +35,7 @@ from tokenconv.profiling import (
 )
 from tokenconv.reports import alone_in, report_folder
 from tokenconv.surgery import plan
+from tokenconv.surgery.edits import NONE
 from tokenconv.surgery.support import format_matrix
 
 _MEMORY_FORMATS = {
@@ -196,8 +197,14 @@ def _tell_failures(comparison: Comparison) -> bool:
 
 
 def _where(args: argparse.Namespace) -> dict[str, Any]:
-    """What the words say about a block and where it goes, for ``plan`` and ``insert_``."""
-    allow_change = (args.site or "").startswith("replace_")  # asked for by name
+    """What the words say about a block and where it goes, for ``plan`` and ``insert_``.
+
+    Who names a block that goes nowhere else, or such a site, has asked for what it replaces.
+    """
+    names = [args.block] if isinstance(args.block, str) else args.block or []
+    usual = [next(iter(BLOCKS[name].sites), "") for name in names if name in BLOCKS]
+    sites = [args.site] if args.site else usual
+    allow_change = NONE in names or any(site.startswith("replace_") for site in sites)
     kernel = {} if args.kernel_size is None else {"kernel_size": args.kernel_size}
     where = {"blocks": _blocks(args.blocks), "site": args.site}
     return {**where, "allow_change": allow_change, **kernel}

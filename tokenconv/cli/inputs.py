@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+import tokenconv.models  # noqa: F401  so that timm knows hybrids by name
 from tokenconv.errors import MeasurementError, UnknownNameError
 
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -38,8 +40,8 @@ def build_model(
         img_size: Rows and columns; None takes the model's own.
         num_classes: None takes the model's own.
         pretrained: Load its weights.
-        any_size: Let it take images of every size, where its family can; its position embedding
-            is of its own size then.
+        any_size: Let it take images of every size, where its family can; ``img_size`` is then
+            that of its position embedding.
 
     Raises:
         UnknownNameError: If timm has no such model.
@@ -51,9 +53,10 @@ def build_model(
     try:
         config = timm.get_pretrained_cfg(name)
         kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-        for more in _ANY_SIZE if any_size else ():
+        own = [{"img_size": img_size}, {}] if img_size else [{}]
+        for more, size in product(_ANY_SIZE if any_size else (), own):
             with suppress(TypeError):  # it has no such argument
-                return timm.create_model(name, pretrained=pretrained, **kwargs, **more)
+                return timm.create_model(name, pretrained=pretrained, **kwargs, **more, **size)
         if img_size:
             kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *img_size)}
             if config is not None and config.fixed_input_size:

@@ -17,7 +17,9 @@ from predict import load_run
 )
 def test_runs_in_eight_bits(train, tmp_path, capsys, task, words):
     run = train(task, *words, "--epochs", "1")
-    found = quantize.run(quantize.parse([str(run), "--calibrate", "8", "--keep-float", "ends"]))
+    found = quantize.run(
+        quantize.parse([str(run), "--calibration-images", "8", "--keep-float", "ends"])
+    )
     assert [*found] == [
         "torch float32", "torchao int8_weight_only", "torchao int8_dynamic", "onnx float32",
         "onnx int8",
