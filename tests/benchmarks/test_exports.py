@@ -8,7 +8,7 @@ import torch
 
 import tokenconv as tc
 from tokenconv.deploy import Target
-from tokenconv.deploy.targets import onnx_nodes
+from tokenconv.deploy.graphs import nodes_of
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +38,7 @@ def test_a_block_as_onnx_at_sizes_nobody_told_it(exports, tmp_path, name):
     told = {report.traced, *(one.shape for one in report.checked)}
     assert not told & set(UNSEEN)
     onnx.checker.check_model(graph := onnx.load(report.path), full_check=True)
-    assert {node.domain for node in onnx_nodes(graph.graph)} == {""}
+    assert {node.domain for node in nodes_of(graph.graph)} == {""}
     session, block = onnxruntime.InferenceSession(report.path), exports.make(name)
     for shape in UNSEEN:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -64,6 +64,15 @@ def test_a_file_of_eight_bits(tmp_path: Path, capsys):
     assert "float, first and last layer: patch_embed.proj, head" in printed
 
 
+def test_calibration_is_of_the_size_that_is_asked_for(tmp_path: Path, capsys):
+    (tmp_path / "photographs").mkdir()
+    Image.effect_noise((200, 180), 40).convert("RGB").save(tmp_path / "photographs" / "a.png")
+    words = ["export", "test_vit", "--img-size", "64", "--dynamic", "hw", "--multiple-of", "32"]
+    words += ["--calibration", str(tmp_path / "photographs"), "--out", str(tmp_path / "a.onnx")]
+    assert main(words) == 0
+    assert "    1x3x64x64 " in capsys.readouterr().out
+
+
 def test_a_calibration_folder_without_images(tmp_path: Path, capsys):
     (tmp_path / "photographs").mkdir()
     words = ["export", "test_vit", "--out", str(tmp_path / "a.onnx"), "--calibration"]
@@ -115,6 +124,7 @@ def test_a_model_of_one_size_says_so(tmp_path: Path, capsys):
     ("words", "message"),
     [
         (["--fold"], "--fold is about what was inserted"),
+        (["--block", "peg", "--fold", "--dtype", "bfloat16"], "16 bits lose them"),
         (["--site", "beside_mlp"], "name it with --block"),
         (["--opset", "20"], "--opset is of ONNX files, not of pt2"),
         (["--multiple-of", "16"], "add hw to --dynamic"),

@@ -93,6 +93,47 @@ def test_a_model_of_one_size(refused):
     refused(vit, "does not take images of 2x3x64x48: Input height", input_size=(3, 64, 48))
 
 
+class Remembers(nn.Module):
+    """Keeps what it has computed, as LeViT's biases are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+        self.kept = {}
+
+    def forward(self, x):
+        self.kept["twice"] = 2 * self.weight
+        return x * self.kept["twice"]
+
+
+def test_a_model_that_cannot_be_copied(refused, tmp_path):
+    model = Remembers()
+    model(torch.ones(1, 3, 8, 12))
+    refused(model, r"this Remembers cannot be copied; run it once under torch\.no_grad\(\)")
+    with torch.no_grad():
+        model(torch.ones(1, 3, 8, 12))
+    tc.export(model, tmp_path / "a.pt2", to="pt2", input_size=(3, 8, 12))
+
+
+def test_dtypes_that_are_no_floats(refused, small):
+    refused(small, r"expected a dtype of floats to export in, got torch\.int8", dtype=torch.int8)
+
+
+class Causal(nn.Module):
+    """Attention on five axes, of the kind that is not spelled out."""
+
+    def forward(self, x):
+        x = x.reshape(len(x), 3, 2, -1, 4)
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def test_what_onnx_files_do_not_hold(refused, small, monkeypatch):
+    message = "causal and grouped attention on more than four axes"
+    refused(Causal(), message, name="a.onnx", dynamic=())
+    monkeypatch.setattr("tokenconv.deploy.targets._ONNX_BYTES", 8)
+    refused(small, "an ONNX file holds 2 GiB at most, and the weights take", name="a.onnx")
+
+
 def test_a_model_that_cannot_be_traced(refused):
     refused(ReadsValues(), "torch.export cannot trace this ReadsValues with 'batch' open: ")
 

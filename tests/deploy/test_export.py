@@ -13,7 +13,7 @@ from torch import nn
 
 import tokenconv as tc
 from tokenconv.deploy import Target
-from tokenconv.deploy.targets import onnx_nodes
+from tokenconv.deploy.graphs import nodes_of
 
 from .conftest import shaken
 
@@ -36,9 +36,7 @@ def off(got, expected):
 def integers(model):
     """All integers that are written in an ONNX graph."""
     tensors = [*model.graph.initializer]
-    tensors += [
-        a.t for n in onnx_nodes(model.graph) for a in n.attribute if n.op_type == "Constant"
-    ]
+    tensors += [a.t for n in nodes_of(model.graph) for a in n.attribute if n.op_type == "Constant"]
     arrays = [onnx.numpy_helper.to_array(tensor) for tensor in tensors]
     return {int(v) for a in arrays if np.issubdtype(a.dtype, np.integer) for v in a.flat}
 
@@ -68,7 +66,7 @@ def test_an_onnx_file_holds_standard_operators_and_no_size(exported):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert not model.functions
-    assert {node.domain for node in onnx_nodes(model.graph)} == {""}
+    assert {node.domain for node in nodes_of(model.graph)} == {""}
     assert [one.domain for one in model.opset_import] == [""]
     (batch, channels, rows, cols) = model.graph.input[0].type.tensor_type.shape.dim
     assert [axis.dim_param for axis in (batch, rows, cols)] == ["batch", "16*rows", "16*cols"]
@@ -249,5 +247,5 @@ def test_our_operator_becomes_standard_ones(tmp_path, name):
     if name == "a.pt2":
         assert "tokenconv" not in str(torch.export.load(path).graph)
     else:
-        domains = {node.domain for node in onnx_nodes(onnx.load(path).graph)}
+        domains = {node.domain for node in nodes_of(onnx.load(path).graph)}
         assert domains == {""}

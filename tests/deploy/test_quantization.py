@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import tokenconv as tc
 from tokenconv.deploy import KeepFloat, QuantizationReport
-from tokenconv.deploy.quantization import Calibration
+from tokenconv.deploy.quantization import Calibration, _quantize_added_biases
 from tokenconv.surgery import inserted_modules
 
 from .conftest import shaken
@@ -164,6 +165,101 @@ def test_a_bias_of_too_many_steps_stays_a_float(tmp_path):
     assert report.difference < 1e-6
 
 
+def eight_bit_graph():
+    """Two layers with one bias, of which one adds in the other order; a layer of floats with one;
+    a product that a row is added to as by broadcasting; and a bias that a branch reads as well."""
+    make, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    arrays = {
+        "weight": np.arange(-6, 6, dtype=np.int8).reshape(3, 4),
+        "scale": np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        "step": np.float32(0.5),
+        "zero": np.uint8(7),
+        "bias": np.array([1, -2, 3, 4], np.float32),
+        "read twice": np.array([5, 6, 7, 8], np.float32),
+        "floats": np.ones((3, 4), np.float32),
+        "row": np.ones((1, 4), np.float32),
+        "yes": np.array(True),
+    }
+    inner = onnx.helper.make_graph(
+        [make("Identity", ["read twice"], ["inner"])], "branch", [],
+        [onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, (4,))],
+    )  # fmt: skip
+    nodes = [
+        make("QuantizeLinear", ["x", "step", "zero"], ["rounded"]),
+        make("DequantizeLinear", ["rounded", "step", "zero"], ["input"]),
+        make("DequantizeLinear", ["weight", "scale"], ["kernel"], axis=1),
+        *(make("MatMul", ["input", "kernel"], [f"product{i}"]) for i in range(4)),
+        make("MatMul", ["input", "floats"], ["product4"]),
+        make("Add", ["product0", "bias"], ["out0"], name="add0"),
+        make("Add", ["bias", "product1"], ["out1"], name="add1"),
+        make("Add", ["product2", "row"], ["out2"], name="add2"),
+        make("Add", ["product3", "read twice"], ["out3"], name="add3"),
+        make("Add", ["product4", "bias"], ["out4"], name="add4"),
+        make("If", ["yes"], ["out5"], then_branch=inner, else_branch=inner),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    return onnx.helper.make_graph(
+        nodes, "layers", [value("x", onnx.TensorProto.FLOAT, (2, 3))],
+        [value(f"out{i}", onnx.TensorProto.FLOAT, (2, 4) if i < 5 else (4,)) for i in range(6)],
+        [tensor(np.asarray(array), name) for name, array in arrays.items()],
+    )  # fmt: skip
+
+
+def test_only_biases_of_layers_of_integers_become_integers():
+    def run(graph):
+        model = onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+        )
+        onnx.checker.check_model(model)
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        return session.run(None, {"x": np.float32([[1, 2, 3], [-1, 0.5, 0]])})
+
+    graph = eight_bit_graph()
+    expected = run(graph)
+    _quantize_added_biases(graph)
+    for got, own in zip(run(graph), expected, strict=True):
+        np.testing.assert_allclose(got, own, atol=0.1)  # half a step of the coarsest channel
+    adds = {node.name: [*node.input] for node in graph.node if node.op_type == "Add"}
+    assert adds == {
+        "add0": ["product0", "add0_bias"], "add1": ["add1_bias", "product1"],
+        "add2": ["product2", "row"], "add3": ["product3", "add3_bias"],
+        "add4": ["product4", "bias"],
+    }  # fmt: skip
+    names = {one.name for one in graph.initializer}
+    assert {"bias", "read twice"} <= names  # still read
+    again = eight_bit_graph()
+    for node in [node for node in again.node if node.name in ("add3", "add4")]:
+        again.node.remove(node)
+    _quantize_added_biases(again)
+    assert "bias" not in {one.name for one in again.initializer}
+
+
+class Stacked(nn.Module):
+    """A matrix for each of two groups of channels, and one for all."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 4, 5, generator=generator))
+        self.bias = nn.Parameter(torch.randn(2, 1, 5, generator=generator))
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, images):
+        x = images.flatten(2).reshape(len(images), 2, -1, 4) @ self.weight + self.bias
+        return self.fc(x)
+
+
+def test_stacked_matrices_stay_in_float(tmp_path):
+    images = torch.rand(4, 2, 6, 2, generator=torch.Generator().manual_seed(0))
+    report = tc.export(
+        Stacked(), tmp_path / "a.onnx", input_size=(2, 6, 2), dynamic=(), calibration=images
+    )
+    assert report.difference < 0.02
+    (why,) = report.quantization.kept_float.values()
+    assert why == "stacked matrices, which ONNX Runtime multiplies as floats"
+    assert layers(tmp_path / "a.onnx") == ({"MatMul": [(3,)]}, {"MatMul": 1})
+
+
 def test_what_was_quantised_is_what_is_checked(small, tmp_path, monkeypatch):
     def spoil(path, calibration):
         model = onnx.load(path)
@@ -271,8 +367,10 @@ def test_batches_hold_every_image():
     calibration = Calibration(torch.arange(5.0)[:, None, None, None])
     assert [b.flatten().tolist() for b in calibration.batches(2)] == [[0, 1], [2, 3], [4, 0]]
     assert torch.cat([*calibration.batches(None)]).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert calibration.resized((7, 1, 1, 1)).flatten().tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert calibration.resized((1, 1, 4, 6)).shape == (1, 1, 4, 6)
+    like = torch.empty(0)
+    assert calibration.resized((7, 1, 1, 1), like).flatten().tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert calibration.resized((1, 1, 4, 6), like).shape == (1, 1, 4, 6)
+    assert calibration.resized((1, 1, 4, 6), like.to("meta")).is_meta  # where the model is
 
 
 class ComputedKernel(nn.Module):
@@ -312,7 +410,7 @@ def test_a_kernel_that_is_computed_stays_in_float(tmp_path):
         ({"dtype": torch.float16}, "models and images in float32, got float16 and float32"),
         (
             {"calibration": IMAGES[..., :40], "dynamic": ("hw",)},
-            "3 channels and multiples of 16x16 pixels to calibrate with, got 3 channels and 64x40",
+            r"multiples of 16x16 \(two or more\) pixels to calibrate with, got 3 channels and 64x4",
         ),
         ({"tolerance": 1e-6}, "the onnx file does not agree with the model on images of 1x3x64x48"),
     ],

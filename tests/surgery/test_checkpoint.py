@@ -288,7 +288,7 @@ def test_a_plain_model_is_not_saved(base, tmp_path):
 
 
 def test_a_folded_model_is_not_saved(hybrid, tmp_path):
-    insertion_of(hybrid).folded = True
+    tc.fold_(hybrid.eval())
     with pytest.raises(CheckpointError, match="save before folding"):
         save(hybrid, tmp_path / "no")
     assert not (tmp_path / "no").exists()

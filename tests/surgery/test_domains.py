@@ -21,7 +21,7 @@ from tokenconv.surgery.domains import (
     save_domain,
     set_domain,
 )
-from tokenconv.surgery.edits import inserted_modules, insertion_of
+from tokenconv.surgery.edits import inserted_modules
 
 VIT_IMAGES = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(3))
 PVT_IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
@@ -390,7 +390,7 @@ def test_a_model_without_domains_cannot_choose_one(hybrid, tmp_path):
 
 
 def test_a_folded_model_has_no_domains(banked, tmp_path):
-    insertion_of(banked).folded = True
+    tc.fold_(banked.eval())
     for call in (
         lambda: add_domain(banked, "planes"),
         lambda: set_domain(banked, "signs"),
@@ -399,6 +399,17 @@ def test_a_folded_model_has_no_domains(banked, tmp_path):
     ):
         with pytest.raises(tc.SurgeryError, match="folded into the weights"):
             call()
+
+
+def test_merged_kernels_are_those_of_one_domain(pvt):
+    tc.insert_(pvt, "mix_ffn")
+    add_domain(pvt, "birds")
+    tc.fold_(pvt.eval())
+    with pytest.raises(tc.SurgeryError, match=r"model\.train\(\) takes them apart"):
+        add_domain(pvt, "signs")
+    pvt.train()
+    add_domain(pvt, "signs")
+    assert list_domains(pvt) == ["birds", "signs"]
 
 
 def test_a_model_with_other_modules_than_before_is_refused(banked):
@@ -444,6 +455,18 @@ def test_saved_domains_come_back_bit_equal(banked, tmp_path, active):
         assert torch.equal(logits(fresh, name), out)
     train(fresh)
     assert all(torch.equal(logits(banked, name), out) for name, out in expected.items())
+
+
+def test_domains_of_a_pruned_hybrid_come_back(banked, tmp_path):
+    base = tc.remove_(banked)
+    twins = [tc.insert_(copy.deepcopy(base), "mix_ffn") for _ in range(2)]
+    for twin in twins:
+        twin.prune_intermediate_layers([0])
+    add_domain(twins[0], "birds")
+    train(twins[0])
+    save_domain(twins[0], "birds", tmp_path)
+    load_domain(twins[1], "birds", tmp_path)
+    assert torch.equal(logits(twins[1]), logits(twins[0]))
 
 
 def test_a_hybrid_and_its_domains_share_a_folder(banked, tmp_path):
@@ -525,6 +548,22 @@ def other_head(model):
     return tc.insert_(model, "mix_ffn")
 
 
+class Affine(nn.Module):
+    """Has a LayerNorm's parameters, and is none."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x):
+        return x * self.weight + self.bias
+
+
+def other_norm(model):
+    model.blocks[0].norm1 = Affine(model.blocks[0].norm1)
+    return tc.insert_(model, "mix_ffn")
+
+
 def on_meta(model):
     return tc.insert_(model.to("meta"), "mix_ffn")
 
@@ -537,6 +576,7 @@ def on_meta(model):
         (other_shared_values, r"qkv\.weight is not saved and has other values"),
         (other_architecture, "for a vit_tiny_patch16_224, got a deit_tiny_patch16_224"),
         (other_head, r"head\.bias, is only in the checkpoint"),
+        (other_norm, r"owns other modules: blocks\.0\.norm1\.bias is only in the file"),
         (on_meta, "on the meta device"),
     ],
 )

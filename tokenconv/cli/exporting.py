@@ -39,7 +39,7 @@ def run_export(args: argparse.Namespace, where: dict[str, Any]) -> None:
         insert_(model, args.block, **where)
     model.eval()
     calibration = args.calibration and load_photographs(
-        model, args.calibration, args.calibration_images
+        model, args.calibration, args.calibration_images, input_size
     )
     folded = [_fold(model, (2, *input_size))] if args.fold else []
     report = export(

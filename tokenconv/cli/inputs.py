@@ -90,13 +90,16 @@ def load_images(model: nn.Module, directory: Path | None, batch_size: int) -> Te
     return found.repeat(math.ceil(batch_size / len(found)), 1, 1, 1)[:batch_size]
 
 
-def load_photographs(model: nn.Module, directory: Path, most: int) -> Tensor:
+def load_photographs(
+    model: nn.Module, directory: Path, most: int, input_size: tuple[int, int, int] | None = None
+) -> Tensor:
     """Photographs of a folder in order of name, through the model's own timm transform.
 
     Args:
         model: Says what input it expects.
         directory: Where they are.
         most: How many at most.
+        input_size: ``(C, H, W)``; None takes the model's own.
 
     Returns:
         ``(B, C, H, W)``, float32.
@@ -104,11 +107,18 @@ def load_photographs(model: nn.Module, directory: Path, most: int) -> Tensor:
     Raises:
         MeasurementError: If there are none, or one cannot be read.
     """
-    return _prepared(model, _read(directory, most))
+    return _prepared(model, _read(directory, most), input_size)
 
 
-def _prepared(model: nn.Module, photographs: Sequence[Image.Image]) -> Tensor:
-    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+def _prepared(
+    model: nn.Module,
+    photographs: Sequence[Image.Image],
+    input_size: tuple[int, int, int] | None = None,
+) -> Tensor:
+    config = resolve_model_data_config(model)
+    if input_size is not None:
+        config["input_size"] = input_size
+    transform: Any = create_transform(**config, is_training=False)
     return torch.stack([transform(photograph) for photograph in photographs])
 
 

@@ -51,6 +51,8 @@ def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     _check_named(parser, args)
     if args.fold and args.block is args.hybrid is args.plan is None:
         parser.error("--fold is about what was inserted: name it with --block, --plan or --hybrid")
+    if args.fold and args.dtype.endswith("16"):
+        parser.error("--fold adds 1 to small kernels, and 16 bits lose them: leave one of both out")
     if args.to == "executorch" and args.dynamic:
         parser.error("executorch plans its memory for one shape of images: add --dynamic none")
     if args.opset is not None and args.to != "onnx":

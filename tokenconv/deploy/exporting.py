@@ -148,13 +148,21 @@ def export(
     if not path.parent.is_dir() or path.is_dir():
         raise ExportError(f"{path} cannot be a file: its folder is missing, or it is a folder")
     sizes = sizes_for(model, input_size, dynamic, multiple_of, batch_size)
-    model = unwrapped(copy.deepcopy(model).eval())
+    if dtype not in (None, *_TOLERANCES):
+        raise ExportError(f"expected a dtype of floats to export in, got {dtype}")
+    try:
+        model = unwrapped(copy.deepcopy(model).eval())
+    except RuntimeError as error:  # it keeps what it has computed with gradients
+        raise ExportError(
+            f"this {type(model).__name__} cannot be copied; run it once under torch.no_grad(), or "
+            f"go through model.train().eval(): {brief(error)}"
+        ) from error
     if dtype is not None:
         model = model.to(dtype)
     like = _like(model)
     if int8 is not None:
         _check_fit(int8.images, sizes, like)
-    images: Images = partial(images_of, like=like) if int8 is None else int8.resized
+    images: Images = partial(images_of if int8 is None else int8.resized, like=like)
     if tolerance is None:
         tolerance = _TOLERANCES[like.dtype] if int8 is None else _INT8_TOLERANCE
     # A copy of its own: models may keep what they computed for the last size, as rotary ones do.
@@ -212,8 +220,10 @@ def _check_fit(images: Tensor, sizes: Sizes, like: Tensor) -> None:
     wanted = f"{'x'.join(map(str, sizes.checked[0][2:]))}"
     fits = [*size] == [*sizes.checked[0][2:]]
     if steps is not None:
-        wanted = f"multiples of {steps[0]}x{steps[1]}"
-        fits = all(side % step == 0 for side, step in zip(size, steps, strict=True))
+        wanted = f"multiples of {steps[0]}x{steps[1]} (two or more)"
+        fits = all(
+            side % step == 0 and side >= 2 * step for side, step in zip(size, steps, strict=True)
+        )
     if not fits or channels != sizes.traced[1]:
         raise ExportError(
             f"expected images of {sizes.traced[1]} channels and {wanted} pixels to calibrate with, "

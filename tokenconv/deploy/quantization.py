@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tokenconv.choice import Choice
 from tokenconv.deploy.extras import need
+from tokenconv.deploy.graphs import nodes_of
 from tokenconv.errors import ExportError
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_AT_ONCE = 8
 
 
@@ -96,7 +96,7 @@ def quantize_(
     """
     how, kept = Quantization.of(how), keep_float_of(keep_float)
     ao = need("torchao.quantization", "layers of eight bits", "deploy")
-    weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))]
+    weighted = [name for name, module in model.named_modules() if _has_weights(module)]
     ends = {weighted[0], weighted[-1]} if weighted and KeepFloat.ENDS in kept else set[str]()
     layers: list[str] = []
     left: dict[str, str] = {}
@@ -124,6 +124,12 @@ def quantize_(
     return QuantizationReport(tuple(layers), left)
 
 
+def _has_weights(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or has a kernel as convolutions have."""
+    weight: Any = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim > 2)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model whose quantised weights are plain tensors, as exporters want it; in place."""
     if any(type(p.data) is not Tensor for p in model.parameters()):
@@ -140,12 +146,12 @@ class Calibration:
     """``(N, C, H, W)``, prepared as for the model."""
     keep_float: tuple[KeepFloat, ...] = ()
 
-    def resized(self, shape: tuple[int, ...]) -> Tensor:
-        """The first images, as many and as large as asked for."""
+    def resized(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The first images, as many and as large as asked for, on the device of a tensor."""
         images = self.images[torch.arange(shape[0]) % len(self.images)]
-        if images.shape[2:] == shape[2:]:
-            return images
-        return nn.functional.interpolate(images, shape[2:], mode="bilinear", antialias=True)
+        if images.shape[2:] != shape[2:]:
+            images = nn.functional.interpolate(images, shape[2:], mode="bilinear", antialias=True)
+        return images.to(like.device)
 
     def batches(self, size: int | None) -> Iterator[Tensor]:
         """All images, in batches of one size, the last of which begins again; None: of any."""
@@ -222,7 +228,9 @@ def _layers(graph: Any, kept: Sequence[KeepFloat]) -> tuple[dict[str, str], dict
         name = _module_of(node)
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)
         is_depthwise = groups > 1 and constants[node.input[1]].dims[1] == 1
-        if KeepFloat.DEPTHWISE in kept and is_depthwise:
+        if node.op_type == "MatMul" and len(constants[node.input[1]].dims) != 2:
+            left[name] = "stacked matrices, which ONNX Runtime multiplies as floats"
+        elif KeepFloat.DEPTHWISE in kept and is_depthwise:
             left[name] = "depthwise"
         elif KeepFloat.ENDS in kept and (node is weighted[0] or node is weighted[-1]):
             left[name] = "first and last layer"
@@ -241,6 +249,7 @@ def _quantize_added_biases(graph: Any) -> None:
 
     constants = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
+    replaced: set[str] = set()
     for add in [node for node in graph.node if node.op_type == "Add"]:
         product, name = makers.get(add.input[0]), add.input[1]
         if name not in constants:
@@ -252,8 +261,7 @@ def _quantize_added_biases(graph: Any) -> None:
             continue
         left, right = (constants[one.input[1]] for one in factors)
         bias, step = constants[name], left * right
-        steps = (bias / step).round()
-        if bias.shape != step.shape or not (abs(steps) < 2**31).all():
+        if bias.shape != step.shape or not (abs(steps := (bias / step).round()) < 2**31).all():
             continue
         values, scale, own = (f"{add.name}_bias{end}" for end in ("_quantized", "_scale", ""))
         graph.initializer.append(numpy_helper.from_array(steps.astype("int32"), values))
@@ -261,9 +269,11 @@ def _quantize_added_biases(graph: Any) -> None:
         add.input[[*add.input].index(name)] = own
         node = helper.make_node("DequantizeLinear", [values, scale], [own], axis=0)
         graph.node.insert([*graph.node].index(add), node)
-    used = {name for node in graph.node for name in node.input}
-    for unused in [one for one in graph.initializer if one.name not in used]:
-        graph.initializer.remove(unused)
+        replaced.add(name)
+    used = {name for node in nodes_of(graph) for name in node.input}
+    used |= {output.name for output in graph.output}
+    for one in [one for one in graph.initializer if one.name in replaced - used]:
+        graph.initializer.remove(one)
 
 
 def _module_of(node: Any) -> str:

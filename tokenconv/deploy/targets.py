@@ -1,6 +1,5 @@
 """What a program can be written as: each target writes a file, and reads it back to be checked."""
 
-import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenconv.choice import Choice
 from tokenconv.deploy.extras import need
+from tokenconv.deploy.graphs import name_axes, nodes_of
 from tokenconv.deploy.programs import brief
 from tokenconv.deploy.quantization import Calibration, QuantizationReport, quantize_onnx
 from tokenconv.errors import ExportError
@@ -21,7 +21,6 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 """Images to all outputs, in order."""
 _ONNX_BYTES = 2**31 - 2**20
 _LEAST_OPSET = 18
-_SYMBOL = re.compile(r"\bs\d+\b")
 
 
 class Target(Choice):
@@ -120,14 +119,14 @@ class OnnxWriter:
             raise ExportError(f"torch cannot write this model as onnx: {why}") from error
         made.save(path, external_data=False)
         model = onnx.load(path)
-        _name_axes(model.graph)
+        name_axes(model.graph)
         onnx.save(model, path)
         report = None
         if self.calibration is not None:
             report = quantize_onnx(path, self.calibration)
             model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
-        foreign = {n.domain for n in onnx_nodes(model.graph)} | {f.domain for f in model.functions}
+        foreign = {n.domain for n in nodes_of(model.graph)} | {f.domain for f in model.functions}
         if foreign := foreign - {"", "ai.onnx"}:
             raise ExportError(f"operators of {', '.join(sorted(foreign))} are left in the graph")
         (version,) = (one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
@@ -162,6 +161,8 @@ def _spelled_out(program: ExportedProgram) -> ExportedProgram:
     nodes = [node for node in program.graph.nodes if node.target == attention]
     if all(node.args[0].meta["val"].ndim == 4 for node in nodes):
         return program
+    if any(True in node.args[5:] or node.kwargs.get("enable_gqa") for node in nodes):
+        raise ExportError("causal and grouped attention on more than four axes is not written")
     return program.run_decompositions({attention: _attention})
 
 
@@ -169,40 +170,11 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    if is_causal or enable_gqa:
-        raise ExportError("causal and grouped attention on more than four axes is not written")
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         allowed = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, float("-inf")) if allowed else scores + mask
     return scores.softmax(-1) @ value
-
-
-def _name_axes(graph: Any) -> None:
-    """Call the open axes of the images ``batch``, ``rows`` and ``cols``, not ``s77`` and the like.
-
-    Where sizes go in steps, an axis reads ``16*rows``.
-    """
-    axes = dict(zip((0, 2, 3), ("batch", "rows", "cols"), strict=True))
-    names: dict[str, str] = {}
-    for axis, name in axes.items():
-        for symbol in _SYMBOL.findall(graph.input[0].type.tensor_type.shape.dim[axis].dim_param):
-            names[symbol] = name
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = _SYMBOL.sub(lambda m: names.get(m[0], m[0]), dim.dim_param)
-
-
-def onnx_nodes(graph: Any) -> list[Any]:
-    """All nodes of an ONNX graph, those of branches and loops included."""
-    found = []
-    for node in graph.node:
-        found.append(node)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                found += onnx_nodes(inner)
-    return found
 
 
 class Pt2Writer:

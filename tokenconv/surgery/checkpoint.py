@@ -111,7 +111,7 @@ def describe(
     refuse_meta({**own, **tensors})
     return Manifest(
         architecture=_architecture(model),
-        plan=json.loads(_standing(model, insertion.plan).to_json()),
+        plan=json.loads(standing(model, insertion.plan).to_json()),
         tensors={key: form_of(value) for key, value in tensors.items()},
         base={
             key: _note(value)
@@ -122,7 +122,7 @@ def describe(
     )
 
 
-def _standing(model: nn.Module, plan: Plan) -> Plan:
+def standing(model: nn.Module, plan: Plan) -> Plan:
     """A plan without what has left the model since, when blocks were pruned."""
     names = dict(model.named_modules())
     edits = tuple(edit for edit in plan.edits if (edit.inserted or edit.place.host) in names)

@@ -30,9 +30,11 @@ from tokenconv.surgery.checkpoint import (
     describe,
     refuse_meta,
     saved_plan,
+    standing,
     tensors_of,
 )
 from tokenconv.surgery.edits import Edit, Insertion, inserted_modules, insertion_of
+from tokenconv.surgery.fragments import MergedConv
 from tokenconv.surgery.plans import Plan
 from tokenconv.surgery.roles import heads, is_depthwise, is_norm
 from tokenconv.surgery.sites import locate
@@ -202,6 +204,11 @@ def _unfolded(model: nn.Module) -> Insertion:
         raise SurgeryError(
             "the inserted blocks are folded into the weights of the model; domains need them apart"
         )
+    if any(isinstance(m, MergedConv) and m.kernel is not None for m in model.modules()):
+        raise SurgeryError(
+            "kernels of the inserted blocks are merged by fold_, and would stay those of this "
+            "domain; model.train() takes them apart"
+        )
     return insertion
 
 
@@ -308,7 +315,7 @@ def _check_belongs(model: nn.Module, manifest: Manifest, name: str) -> None:
     check_architecture(model, manifest)
     if manifest.domain != name:
         raise CheckpointError(f"expected the domain {name!r}, the file holds {manifest.domain!r}")
-    present = Plan.from_json(insertion_of(model).plan.to_json())
+    present = Plan.from_json(standing(model, insertion_of(model).plan).to_json())
     if _changes(saved_plan(manifest)) != _changes(present):
         raise CheckpointError(
             "the domain was saved from a model with other blocks inserted; insert the same ones"
@@ -320,6 +327,11 @@ def _check_belongs(model: nn.Module, manifest: Manifest, name: str) -> None:
     }
     prefix = f"{_key_of(model, head)}." if head else None
     check_shapes(manifest, relevant, {k for k in owned if prefix and k.startswith(prefix)})
+    if unlike := owned.keys() ^ manifest.tensors.keys():
+        raise CheckpointError(
+            f"the domain was saved from a model that owns other modules: {min(unlike)} is only in "
+            f"{'the model' if min(unlike) in owned else 'the file'}"
+        )
 
 
 def _changes(plan: Plan) -> list[Edit]:

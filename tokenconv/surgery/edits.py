@@ -114,7 +114,7 @@ class Insertion:
     base: str | None = None
     """The architecture of the model before, where the hybrid is one with a name of its own."""
     folded: bool = False
-    """Whether ``fold_`` has folded what was inserted."""
+    """Whether ``fold_`` has changed values of what was inserted."""
     binding: GridBinding | None = None
     """What carries the grid, where all blocks have the same one."""
     domains: Any = None

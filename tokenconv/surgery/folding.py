@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenconv.errors import SurgeryError
 from tokenconv.surgery.edits import inserted_modules, insertion_of
-from tokenconv.surgery.fragments import Replacement
+from tokenconv.surgery.fragments import MergedConv, Replacement
 
 _REASONS = {
     "beside": "it runs beside {host}, and has no simpler form",
@@ -96,10 +96,10 @@ def fold_(model: nn.Module) -> FoldReport:
         changed, refusal = _fold(start)
         if changed:
             folded.append(name)
+            insertion.folded = insertion.folded or not isinstance(host, MergedConv)
             vars(block)["tokenconv_folded"] = True
         if refusal or "tokenconv_folded" not in vars(block):
             kept[name] = refusal or _reason(name, block)
-    insertion.folded = insertion.folded or bool(folded)
     return FoldReport(tuple(folded), kept)
 
 
