@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint benchmark results docs dist test-wheel test-lowest clean
+.PHONY: demo test test-all coverage lint benchmark results docs dist test-wheel test-lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tokenconv compare vit_tiny_patch16_224 --block mix_ffn --trace --out tokenconv-report/vit_tiny_patch16_224
@@ -19,6 +19,15 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest $(WORKERS) --durations=25
+
+# The tests of `make test`, and what of the library they run; the page's text stays.
+coverage: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow" $(WORKERS) --cov --cov-report=
+	sed '/^Commit /,$$d' docs/tested.md > docs/tested.md.new
+	printf 'Commit %s, %s, %s.\n\n' "$$(git rev-parse --short HEAD)" "$$(date -I)" \
+		"$$($(BIN)/python --version)" >> docs/tested.md.new
+	$(BIN)/coverage report --format=markdown --skip-covered --show-missing >> docs/tested.md.new
+	mv docs/tested.md.new docs/tested.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -97,6 +97,9 @@ def test_what_cannot_stand_beside():
         build_arms(vit, ["mix_ffn"], beside=["naiv"], **options)
     with pytest.raises(MeasurementError, match="no arm has a depthwise convolution to copy tokens"):
         build_arms(vit, [], beside=["naive"], **options)
+    coat = build_model("coat_lite_tiny", (64, 64))  # its blocks have other names
+    with pytest.raises(MeasurementError, match=r"no blocks\.0 in the model"):
+        build_arms(coat, [], beside=["position"], image_size=(64, 64))
 
 
 def test_every_arm_is_described():

@@ -471,6 +471,20 @@ def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "report").exists()
 
 
+def test_an_arm_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+    def with_one_that_fails(*args: Any, **kwargs: Any) -> Any:
+        built = build_arms(*args, **kwargs)
+        built.models["peg"].register_forward_hook(lambda module, args, out: out / 0)
+        return built
+
+    monkeypatch.setattr("tokenconv.cli.commands.build_arms", with_one_that_fails)
+    words = ["compare", "test_vit", "--block", "mix_ffn", "--block", "peg", "--mode", "infer"]
+    assert main([*words, "--repeats", "2", "--out", str(tmp_path)]) == 1
+    assert "tokenconv: error: infer of peg failed: " in capsys.readouterr().err
+    arms = json.loads((tmp_path / "compare.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms if arm["modes"]] == ["baseline", "mix_ffn"]
+
+
 def test_arms_have_the_same_weights():
     model = build_model("pvt_v2_b0", (64, 64))
     built = build_arms(model, ["mix_ffn", "none"], image_size=(64, 64))

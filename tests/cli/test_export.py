@@ -126,6 +126,7 @@ def test_a_model_of_one_size_says_so(tmp_path: Path, capsys):
         (["--fold"], "--fold is about what was inserted"),
         (["--block", "peg", "--fold", "--dtype", "bfloat16"], "16 bits lose them"),
         (["--site", "beside_mlp"], "name it with --block"),
+        (["--to", "executorch"], "one shape of images: add --dynamic none"),
         (["--opset", "20"], "--opset is of ONNX files, not of pt2"),
         (["--multiple-of", "16"], "add hw to --dynamic"),
         (["--calibration", "."], "--calibration is of ONNX files, not of pt2"),

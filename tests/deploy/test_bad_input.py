@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tokenconv as tc
+from tokenconv.deploy.exporting import largest_difference
 from tokenconv.deploy.programs import brief
 
 
@@ -74,6 +75,22 @@ def test_a_file_that_does_not_agree(refused):
     refused(Noisy(1e-3), "does not agree", tolerance=1e-6)
     refused(OneNumber(), "off by nan")
     refused(NoNumber(), "off by nan of the largest output, and 1e-04 is allowed")
+
+
+def test_a_file_that_does_not_run(refused, small, monkeypatch):
+    def load(self, path):
+        return torch.export.load(path).module().to("meta")
+
+    monkeypatch.setattr("tokenconv.deploy.targets.Pt2Writer.load", load)
+    refused(small, "the file does not take images of 1x3x8x12: ")
+
+
+def test_differences_are_those_of_every_output():
+    ones, twos = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    assert largest_difference([twos, ones], [twos, twos]) == 0.5
+    assert largest_difference([ones], [ones, ones]) == float("inf")
+    assert largest_difference([ones[:, :2]], [ones]) == float("inf")
+    assert largest_difference([ones[:0]], [ones[:0]]) == 0
 
 
 def test_a_tolerance_of_ones_own(tmp_path):
