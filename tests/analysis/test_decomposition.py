@@ -143,6 +143,8 @@ def test_what_is_passed_over_is_listed_with_its_reason():
         "point": "1x1: it looks at one position",
         "up": "transposed",
     }
+    line = tc.decompose_(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3)), rank=1)
+    assert line.passed_over == {"0": "Conv1d: only two dimensions are taken apart"}
     text = str(done)
     assert text.startswith("2 convolutions as dw_pw pairs, their parameters 808 -> ")
     assert "stem       rank 2 of 8, error 0." in text
@@ -223,17 +225,20 @@ def test_images_bring_the_outputs_nearer(order):
     assert torch.equal(done.undo_()(unseen), wanted)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_fit_is_the_least_squares_solution(order):
+def test_the_fit_is_the_least_squares_solution(order, bias):
     torch.manual_seed(0)
-    conv = conv_of(4, 5, padding=1)
+    conv = conv_of(4, 5, padding=1, bias=bias)
     model = nn.Sequential(conv)
     x = torch.randn(6, 4, 9, 8, dtype=torch.float64)
     wanted = conv(x).detach()
-    tc.decompose_(model, rank=1, order=order, images=x)
+    fit = tc.decompose_(model, rank=1, order=order, images=x).layers["0"].fit
     pair = model[0]
     loss = (pair(x) - wanted).square().sum()
-    gradients = torch.autograd.grad(loss, [pair[1].weight, pair[1].bias])
+    gradients = torch.autograd.grad(loss, list(pair[1].parameters()))
+    assert len(gradients) == 1 + bias
+    assert str(fit) == f"{fit.before:.3f} -> {(loss / wanted.square().sum()).item() ** 0.5:.3f}"
     scale = wanted.square().sum()
     assert all(gradient.abs().max() < 1e-4 * scale for gradient in gradients)
 
@@ -259,6 +264,9 @@ def test_undo_refuses_a_model_that_was_changed_meanwhile():
     with pytest.raises(tc.AnalysisError, match="stem is no longer what decompose_ put there"):
         done.undo_()
     assert isinstance(model.again, DecomposedConv)
+    del model.stem
+    with pytest.raises(tc.AnalysisError, match="stem is no longer what decompose_ put there"):
+        done.undo_()
 
 
 def test_it_trains_and_compiles_and_exports():
@@ -517,6 +525,10 @@ def quantise(model):
     model.stem.kernel_size = (3, 3)
 
 
+def round_off(model):
+    model.stem.weight = nn.Parameter(model.stem.weight.round().int(), requires_grad=False)
+
+
 def wrap(model):
     """As torchao's and FSDP's weights are."""
     model.stem.weight = nn.Parameter(TwoTensor(model.stem.weight, model.stem.weight))
@@ -536,6 +548,7 @@ def wrap(model):
         (Net, {"rank": 1, "layers": "("}, "is no regular expression"),
         (lambda: broken(set_nan), {"rank": 1}, "the weight of again holds 1 values that are not"),
         (lambda: broken(quantise), {"rank": 1}, "stem is a quantised Conv2d"),
+        (lambda: broken(round_off), {"rank": 1}, r"stem has a weight of torch\.int32; expected fl"),
         (lambda: broken(wrap), {"rank": 1}, "the weight of stem is a TwoTensor; expected a plain"),
         (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), {"rank": 1}, "0 has no values: it was never"),
         (lambda: nn.Conv2d(3, 8, 3), {"rank": 1}, "a convolution itself; use decompose"),

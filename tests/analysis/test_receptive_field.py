@@ -175,6 +175,13 @@ def test_bad_requests(arguments, message):
         effective_receptive_field(vit(), torch.randn(1, 3, 48, 80), **arguments)
 
 
+def test_a_layer_that_does_not_run_is_told():
+    model = ones_conv(3)
+    model.later = ones_conv(3)
+    with pytest.raises(tc.AnalysisError, match="later does not run in a forward pass"):
+        effective_receptive_field(model, torch.randn(1, 1, 5, 5), layer="later")
+
+
 def test_features_that_no_pixel_moves():
     class Constant(nn.Module):
         def forward(self, x):

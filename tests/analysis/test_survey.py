@@ -162,6 +162,7 @@ def test_kernels_of_the_models_own_convolutions_have_no_residual():
     assert len(kernels) == 8
     assert not any(each.has_residual for each in kernels)
     assert depthwise_kernels(nn.Conv1d(4, 4, 3, groups=4)) == []
+    assert depthwise_kernels(nn.Conv3d(4, 4, 3, groups=4)) == []
 
 
 def test_fields_leave_the_model_alone():
@@ -170,6 +171,11 @@ def test_fields_leave_the_model_alone():
     Fields.of("it", model, torch.randn(2, 3, 64, 64))
     assert model.training
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_fields_need_intermediate_features():
+    with pytest.raises(tc.AnalysisError, match="with forward_intermediates, got Sequential"):
+        Fields.of("it", nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8))
 
 
 class Unused(nn.Module):

@@ -306,6 +306,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (4, True), (2, False)])
 def test_a_convolution_on_tokens_is_that_on_maps(groups, bias):
     conv = GridConv(8, 12, 5, groups=groups, bias=bias)
+    assert str(conv) == f"GridConv(8, 12, kernel_size=5, groups={groups}, bias={bias})"
     x = torch.randn(2, PREFIX + ROWS * COLS, 8)
 
     def on_map(x):

@@ -194,6 +194,15 @@ def test_a_grid_without_a_key_is_refused(name):
         tc.create_block(name, DIM)(torch.zeros(1, 3, DIM), 1, 3)
 
 
+def test_attention_without_positions_is_that_with_positions_of_zero():
+    plain, placed = (
+        tc.create_block("lmhsa", DIM, size=size).double().eval() for size in (None, (4, 6))
+    )
+    placed.load_state_dict({**plain.state_dict(), "relative_pos": placed.relative_pos * 0})
+    x = drawn(4, 6).double()
+    torch.testing.assert_close(plain(x, 4, 6), placed(x, 4, 6), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["cvt_attn", "lmhsa", "nextvit_conv", "mobilevit", "mobilevitv2"])
 def test_norms_are_folded(name):
     block = randomize_(tc.create_block(name, DIM).double()).eval()

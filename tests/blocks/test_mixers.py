@@ -348,6 +348,13 @@ def test_the_residual_can_be_left_out_and_what_is_left_made_zero(name):
         assert torch.equal(branch.train()(fmap), torch.zeros_like(fmap))
 
 
+def test_a_difference_without_a_scale_is_made_zero():
+    block = tc.create_block("rep_mixer", D, layer_scale_init_value=None)
+    block.init_neutral_()
+    fmap = draw(2, D, ROWS, COLS)
+    assert torch.equal(block.train().float()(fmap.float()), fmap.float())
+
+
 # --- folding ---
 
 MERGING = ["rep_mixer", "dilated_reparam", "repvit_mixer"]

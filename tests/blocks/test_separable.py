@@ -488,7 +488,10 @@ def test_a_video_convolution_wants_frames():
         DWConv3d(6)(torch.zeros(1, 15, 6), 3, 5)
     with pytest.raises(ValueError, match="odd kernel sides, got 2"):
         DWConv3d(6, 2)
+    with pytest.raises(ValueError, match="expected dim >= 1, got 0"):
+        DWConv3d(0)
     conv = DWConv3d(6, residual=True)
+    assert str(conv) == "DWConv3d(6, kernel_size=(3, 3, 3), bias=True, residual=True)"
     conv.init_neutral_()
     x = torch.randn(1, 30, 6)
     assert torch.equal(conv(x, 2, 3, 5), x)

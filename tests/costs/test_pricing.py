@@ -384,6 +384,20 @@ def test_a_parameter_that_nothing_reads_is_counted():
     assert (cost.params, cost.categories[Category.OTHER].params) == (4 * 28 + 5, 5)
 
 
+def test_a_place_that_is_empty_costs_nothing():
+    net = nn.Conv2d(3, 4, 3)
+    net.register_module("later", None)
+    cost = tc.cost(net, (3, 8, 8))
+    assert (cost.params, cost.sites) == (4 * 28, {})
+
+
+def test_a_model_that_cannot_be_copied_is_told():
+    net = nn.Conv2d(3, 4, 3)
+    net.kept = [2 * net.weight]
+    with pytest.raises(tc.MeasurementError, match="cannot be copied: Only Tensors created explici"):
+        tc.cost(net, (3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("conv", "category"),
     [

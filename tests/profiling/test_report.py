@@ -345,6 +345,13 @@ def test_report_says_which_arms_are_compiled(made_up: MakeUp):
     assert [row[header.index("compiled")] for row in body] == ["no", "no", "yes"] * 2
 
 
+def test_arms_without_a_description_are_told_by_how_they_run(made_up: MakeUp):
+    report = to_markdown(changed(made_up(), "mix_ffn", compiled=True, description=""))
+    assert "through torch.compile" in section(report, "Arms")
+    report = to_markdown(changed(made_up(), "mix_ffn", description=""))
+    assert "no description was given" in section(report, "Arms")
+
+
 def test_report_shows_a_figure_that_is_there(folder: Path, report: str):
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", report)
     assert (folder / picture).is_file()
@@ -379,6 +386,19 @@ def test_sweep_has_a_row_per_point_mode_and_arm(sweep_report: str):
     assert first["report"] == "[open](points/img-size%3D160%2Cbatch-size%3D1/report.html)"
     last = dict(zip(header, body[-1], strict=True))
     assert (last["img-size"], last["batch-size"], last["verdict"]) == ("384", "8", "failed")
+
+
+def test_an_arm_that_failed_at_a_point_has_a_row(sweep: list[Point], failed: MakeUp):
+    first = dataclasses.replace(
+        sweep[0], comparison=failed(sweep[0].comparison, "mix_ffn", "train")
+    )
+    header, _, *body = rows(section(sweep_to_markdown([first, *sweep[1:]], {}), "Points"))
+    told = [dict(zip(header, row, strict=True)) for row in body[:6]]
+    assert [(row["mode"], row["arm"]) for row in told if row["verdict"] == "failed"] == [
+        ("train", "mix_ffn")
+    ]
+    assert told[-1]["latency ms"] == told[-1]["memory vs baseline"] == "-"
+    assert told[-1]["report"] == told[0]["report"]
 
 
 def test_a_sweep_of_which_nothing_is_left_says_so(tmp_path: Path):

@@ -348,6 +348,10 @@ def unknown_block(folder):
 DAMAGES = {
     "no folder": (remove_folder, "cannot read .*plan.json.*a folder that tokenconv has saved"),
     "no plan": (lambda f: (f / "plan.json").unlink(), "cannot read .*plan.json"),
+    "a folder as plan": (
+        lambda f: (f / "plan.json").unlink() or (f / "plan.json").mkdir(),
+        r"cannot read .*plan\.json: .*Is a directory.*a folder that tokenconv has saved",
+    ),
     "no delta": (lambda f: (f / "delta.safetensors").unlink(), "cannot read .*delta.safetensors"),
     "truncated delta": (
         lambda f: truncate(f / "delta.safetensors", -1),

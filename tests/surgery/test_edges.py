@@ -132,6 +132,13 @@ def test_waiting_attention_takes_checkpoints_as_torch_does(vit):
     assert vit.blocks[0].attn.qkv.weight.dtype == torch.float64
 
 
+def test_waiting_attention_refuses_checkpoints_of_another_size(vit):
+    other = {k: v[:5] if k == "blocks.0.attn.proj.bias" else v for k, v in vit.state_dict().items()}
+    tc.insert_(vit, "separable_ffn", site="replace_attn", blocks=0, allow_change=True)
+    with pytest.raises(RuntimeError, match=r"(?s)blocks\.0\.attn\.: .*mismatch for proj\.bias"):
+        vit.load_state_dict(other, strict=False)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,16 +1,20 @@
 """Every family, every site: nothing changes at insertion, and nothing is lost."""
 
 import copy
+import json
 import pickle
 import re
 from dataclasses import dataclass
 
 import pytest
+import timm
 import torch
+from timm.layers import Mlp
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
 import tokenconv as tc
+from tokenconv.surgery import support
 from tokenconv.surgery.edits import carry_out, edit_for, inserted_modules
 from tokenconv.surgery.plans import rehearse
 from tokenconv.surgery.sites import SITES, survey
@@ -226,3 +230,54 @@ def test_checkpointed_gradients_are_equal(hybrid, disturb_):
     assert results[0].keys() == results[1].keys()
     for name, grad in results[0].items():
         torch.testing.assert_close(results[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+# --- the sweep over all families ---
+
+
+class Unknown(nn.Module):
+    """Like one of timm, of a family that surgery does not know."""
+
+    def __init__(self, lay_out):
+        super().__init__()
+        self.mlp, self.lay_out = Mlp(3, 6), lay_out
+        self.pretrained_cfg = {"input_size": (3, 4, 6)}
+
+    def forward(self, x):
+        return self.mlp(self.lay_out(x))
+
+
+def refuse(images):
+    raise ValueError("too large")
+
+
+@pytest.mark.parametrize(
+    ("lay_out", "listed"),
+    [
+        (lambda x: x.flatten(2).mT, True),
+        (lambda x: x.movedim(1, -1), True),
+        (lambda x: x.mean((2, 3)), False),
+        (refuse, True),  # not known to be none
+    ],
+    ids=["tokens", "maps", "vectors", "refuses"],
+)
+def test_what_sees_tokens_is_listed_though_no_family_is_known(monkeypatch, lay_out, listed):
+    monkeypatch.setattr(timm, "create_model", lambda name: Unknown(lay_out))
+    rows = support.sweep(["one", "another"])
+    assert [(row.model_class, row.architectures, row.planned) for row in rows] == (
+        [("Unknown", 2, 0)] if listed else []
+    )
+    assert all("Unknown is not a model that tokenconv can change" in r.reasons[""] for r in rows)
+
+
+def test_a_sweep_says_what_cannot_be_planned_and_is_kept(tmp_path):
+    rows = support.sweep(["test_convnext", "convnext_atto", "nest_tiny"])
+    convnext, nest = rows
+    assert (convnext.model_class, convnext.architectures, convnext.planned) == ("ConvNeXt", 2, 1)
+    assert convnext.reasons["mix_ffn"].endswith("mlp.act sees maps (B, C, H, W), and no tokens")
+    assert (nest.model_class, nest.architectures, nest.sites) == ("Nest", 1, {})
+    assert "separate square blocks" in nest.reasons[""]
+    support.write(tmp_path / "kept.json", rows)
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["timm"] == timm.__version__
+    assert [support.Row(**row) for row in kept["rows"]] == rows

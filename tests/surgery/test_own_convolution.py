@@ -39,6 +39,11 @@ def test_old_and_new_kernel_add_up(pvt, images):
         assert torch.equal(pvt(images), expected)
 
 
+def test_none_takes_no_arguments(pvt):
+    with pytest.raises(tc.SurgeryError, match='"none" takes no arguments, got kernel_size'):
+        tc.plan(pvt, "none", kernel_size=3)
+
+
 def test_none_takes_the_convolution_out(pvt, images):
     state = copy.deepcopy(pvt.state_dict())
     with torch.no_grad():

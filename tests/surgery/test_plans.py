@@ -1,5 +1,6 @@
 import copy
 import json
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 import tokenconv as tc
-from tokenconv.surgery.edits import insertion_of
+from tokenconv.layers import QuickGELU
+from tokenconv.surgery.edits import inserted_modules, insertion_of
 
 
 def test_a_plan_shows_every_site_and_changes_nothing(case, inserted_parameters):
@@ -51,6 +53,15 @@ def test_added_macs_of_a_vit_are_the_closed_formula(vit):
 def test_blocks_are_chosen_by_index_and_slice(vit, blocks, chosen):
     plan = tc.plan(vit, "mix_ffn", blocks=blocks)
     assert [edit.place.host for edit in plan.edits] == [f"blocks.{i}.mlp.act" for i in chosen]
+
+
+def test_blocks_are_chosen_by_a_function(vit):
+    plan = tc.plan(vit, "mix_ffn", filter_fn=lambda module, name: module is vit.blocks[1])
+    assert [edit.place.host for edit in plan.edits] == ["blocks.1.mlp.act"]
+    named = tc.plan(vit, "mix_ffn", blocks=slice(1, None), filter_fn=lambda m, name: "2" in name)
+    assert [edit.place.host for edit in named.edits] == ["blocks.2.mlp.act"]
+    with pytest.raises(tc.SurgeryError, match="filter_fn selects none of the 3 blocks"):
+        tc.plan(vit, "mix_ffn", filter_fn=lambda module, name: name == "blocks")
 
 
 def test_blocks_of_a_pyramid_are_counted_through_its_stages(pvt):
@@ -106,6 +117,80 @@ def test_models_that_cannot_take_a_block_say_why(model, message):
         tc.plan(model(), "mix_ffn")
 
 
+class Laid(nn.Module):
+    """An MLP that lays out what it is given in another way while it runs."""
+
+    def __init__(self, mlp, lay_out):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.lay_out = mlp.fc1, mlp.act, mlp.fc2, lay_out
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(self.lay_out(x)))).flatten()[: x.numel()].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "lay_out", "message"),
+    [
+        ("beit", "blocks.0", lambda x: x.flatten(0, 1), r"2 axes, here \(B, 192\); .*\(B, N, C\)"),
+        ("beit", "blocks.0", lambda x: x.repeat(1, 2, 1), r"32 tokens, .* not the 3\*5 of"),
+        ("hiera", "blocks.0", lambda x: x.repeat(1, 2, 1), r"768 tokens, which are not 16\*24"),
+        ("volo", "network.0.0", lambda x: x.flatten(1, 2), "not known where their grid is made"),
+    ],
+)  # fmt: skip
+def test_tokens_that_lie_otherwise_are_refused(families, name, block, lay_out, message):
+    case = families[name]
+    model = case.build()
+    host = model.get_submodule(block)
+    host.mlp = Laid(host.mlp, lay_out)
+    with pytest.raises(tc.SurgeryError, match=message):
+        tc.plan(model, "mix_ffn", site="before_act", blocks=0, input_size=(3, *case.size))
+
+
+def by_keyword(vit):
+    """A block that names the argument of its MLP."""
+
+    class Mine(type(vit.blocks[0])):
+        def forward(self, x, **kwargs):
+            return x + self.mlp(x=self.norm2(x))
+
+    vit.blocks[0].__class__ = Mine
+
+
+def in_a_row(vit):
+    mlp = vit.blocks[0].mlp
+    vit.blocks[0].mlp = nn.Sequential(OrderedDict(fc1=mlp.fc1, act=mlp.act, fc2=mlp.fc2))
+
+
+@pytest.mark.parametrize(
+    ("change", "block", "message"),
+    [
+        (by_keyword, "separable_ffn", r"blocks\.0\.mlp is not given tokens as its first argument"),
+        (in_a_row, "separable_ffn", r"blocks\.0\.mlp is a Sequential, to which nothing can be"),
+        (lambda vit: setattr(vit.blocks[0].mlp, "act", QuickGELU()), "mix_ffn",
+         r"blocks\.0\.mlp\.act is a QuickGELU of tokenconv"),
+        (lambda vit: setattr(vit.blocks[0].attn, "before", len), "dpe",
+         r"does not run on this model: blocks\.0\.attn has an attribute 'before' already"),
+        (lambda vit: setattr(vit, "kept", [2 * vit.pos_embed]), "mix_ffn",
+         "the model cannot be copied: Only Tensors created explicitly"),
+        (lambda vit: setattr(vit, "blocks", nn.Sequential()), "mix_ffn",
+         "this VisionTransformer .* has no Transformer block with an MLP over tokens"),
+    ],
+)  # fmt: skip
+def test_models_of_which_a_part_was_changed_say_why(vit, change, block, message):
+    change(vit)
+    with pytest.raises(tc.SurgeryError, match=message):
+        tc.plan(vit, block, blocks=0, site="before_attn" if block == "dpe" else None)
+    assert not inserted_modules(vit)
+
+
+def test_an_mlp_that_pools_tokens_is_no_block():
+    model = timm.create_model("test_vit", global_pool="map", class_token=False)
+    assert isinstance(model.attn_pool.mlp.act, nn.Module)
+    plan = tc.plan(model, "mix_ffn")
+    assert [edit.place.host for edit in plan.edits] == [f"blocks.{i}.mlp.act" for i in range(6)]
+    assert not plan.skipped
+
+
 def test_double_insertion_and_removal_of_nothing_are_refused(vit):
     with pytest.raises(tc.SurgeryError, match="nothing is inserted"):
         tc.remove_(vit)
@@ -131,6 +216,32 @@ def test_a_plan_for_another_model_is_refused(vit, pvt):
     with pytest.raises(tc.SurgeryError, match="a plan is complete: cannot add kernel_size"):
         tc.insert_(vit, plan, kernel_size=5)
     assert "_tokenconv" not in vars(shallow)
+
+
+def test_a_plan_that_would_change_another_model_is_refused(pvt):
+    """Kernels of two dilations do not add up to one."""
+    plan = tc.plan(pvt, "mix_ffn", blocks=0)
+    assert plan.exact
+    mlp = pvt.stages[0].blocks[0].mlp
+    dim = mlp.dwconv.in_channels
+    mlp.dwconv = nn.Conv2d(dim, dim, 3, padding=2, dilation=2, groups=dim)
+    with pytest.raises(tc.SurgeryError, match=r"mix_ffn at .*dwconv would change the output here"):
+        tc.insert_(pvt, plan)
+
+
+def test_plans_of_two_models_are_not_joined(vit, pvt):
+    plan, other = tc.plan(vit, "peg", blocks=0), tc.plan(pvt, "peg", blocks=0)
+    message = r"plans for VisionTransformer \(3, 48, 80\) and Pyramid.* cannot be joined"
+    with pytest.raises(tc.SurgeryError, match=message):
+        _ = plan + other
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = plan + "mix_ffn"
+
+
+def test_an_argument_without_a_json_form_is_told(vit):
+    plan = tc.plan(vit, "lpi", blocks=0, act_layer=nn.ReLU)
+    with pytest.raises(tc.SurgeryError, match=r"argument of a block has no JSON form: .*type"):
+        plan.to_json()
 
 
 def test_a_plan_serves_the_same_model_at_another_size(vit):
@@ -168,6 +279,18 @@ def test_a_convolution_that_would_be_bypassed_is_refused(vit, monkeypatch):
     with pytest.raises(tc.SurgeryError, match=r"blocks\.0\.mlp\.act runs 0 times"):
         tc.insert_(vit, "mix_ffn")
     assert "_tokenconv" not in vars(vit)
+
+
+def test_a_convolution_that_would_not_be_called_is_refused(vit):
+    class Mine(type(vit.blocks[1].mlp)):
+        def forward(self, x):
+            x = self.fc1(x)
+            return self.fc2(self.act(x) if type(self.act) is nn.GELU else x.relu())
+
+    vit.blocks[1].mlp.__class__ = Mine
+    with pytest.raises(tc.SurgeryError, match=r"blocks\.1\.mlp\.act\.before would run 0 times"):
+        tc.insert_(vit, "mix_ffn")
+    assert not inserted_modules(vit)
 
 
 def test_planning_allocates_no_weights(monkeypatch):

@@ -225,6 +225,11 @@ def test_the_channels_of_the_images_are_those_of_the_model():
     assert model(torch.randn(2, 5, 160, 160)).shape == (2, 1000)
 
 
+def test_an_unfilled_copy_has_no_attributes_of_the_embedding():
+    """Such as one that a debugger or another copier than Python's looks at."""
+    assert not hasattr(ReplacedPatchEmbed.__new__(ReplacedPatchEmbed), "img_size")
+
+
 @pytest.mark.parametrize(
     ("name", "block", "kwargs", "message"),
     [

@@ -132,6 +132,18 @@ def test_a_kernel_that_could_not_learn_is_refused(vit, inserted_parameters):
     assert trained(vit) == named(vit, "beside.depthwise", "norm", "head.")
 
 
+def test_what_is_frozen_as_a_whole_may_be_zero(vit):
+    """An adapter without a convolution: nothing in front of its zero is trained."""
+    tc.insert_(vit, "adaptformer")
+    trainable_(vit, "depthwise+norm+head")
+    assert trained(vit) == named(vit, "norm", "head.")
+
+
+def test_models_of_others_have_no_head():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    assert trained(trainable_(model, "depthwise+norm+head")) == named(model, "0.", "1.")
+
+
 def test_wrong_presets_and_models(vit):
     with pytest.raises(tc.UnknownNameError, match=r"unknown preset 'heads?'.*inserted\+head"):
         trainable_(vit, "head")
@@ -195,6 +207,13 @@ def test_peg_kernels_have_no_weight_decay(case):
     found = by_name(model, param_groups(model, lr=LR))
     assert found["blocks.0.after.proj.weight"] == (LR, 0)
     assert found["blocks.0.mlp.fc1.weight"] == (LR, 0.05)
+
+
+@on_vit
+def test_learned_positions_have_no_weight_decay(case):
+    model = tc.insert_(case.build(), "abs_pos_embed", blocks=0, size=(3, 5))
+    (name,) = (f"{block}.pos_embed" for block in inserted_modules(model))
+    assert by_name(model, param_groups(model, lr=LR))[name] == (LR, 0)
 
 
 @on_vit
