@@ -229,6 +229,16 @@ def test_a_plan_that_would_change_another_model_is_refused(pvt):
         tc.insert_(pvt, plan)
 
 
+def test_a_plan_may_fit_another_model_better(pvt):
+    plan = tc.plan(pvt, "mix_ffn", blocks=0, dilation=2)
+    assert not plan.exact
+    mlp = pvt.stages[0].blocks[0].mlp
+    dim = mlp.dwconv.in_channels
+    mlp.dwconv = nn.Conv2d(dim, dim, 3, padding=2, dilation=2, groups=dim)
+    tc.insert_(pvt, plan)  # without allow_change
+    assert insertion_of(pvt).plan.exact
+
+
 def test_plans_of_two_models_are_not_joined(vit, pvt):
     plan, other = tc.plan(vit, "peg", blocks=0), tc.plan(pvt, "peg", blocks=0)
     message = r"plans for VisionTransformer \(3, 48, 80\) and Pyramid.* cannot be joined"
