@@ -20,7 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown, 130 interrupted, 141 nobody reads the output any more. Wrong usage leaves through
         ``argparse`` with 2.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
     try:
         status = _run(parse(sys.argv[1:] if argv is None else list(argv)))
         print(end="", flush=True)  # or Python complains of a closed pipe when it exits

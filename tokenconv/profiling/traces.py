@@ -1,5 +1,6 @@
 """Runs of a step under the PyTorch profiler: one to take figures from, one to look at."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def record_trace(step: Step, device: torch.device, folder: Path) -> None:
 
 def _run(step: Step, device: torch.device, folder: Path | None = None) -> profile:
     """Profile a step, and leave a trace in a folder if there is one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it chatters on stderr the first time
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
