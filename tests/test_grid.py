@@ -148,3 +148,9 @@ def test_tokens_and_maps_of_other_rank_are_refused():
         tc.tokens_to_map(torch.zeros(2, 8, 3, 5), 3, 5)
     with pytest.raises(tc.GridError, match=r"map \(B, C, H, W\)"):
         tc.map_to_tokens(torch.zeros(2, 15, 8))
+
+
+def test_a_grid_with_holes_is_told_from_no_grid():
+    sparse = tc.SparseGrid(torch.tensor([[[0, 0], [1, 1]]]))
+    with pytest.raises(tc.GridError, match="expected tokens that fill one grid, got a SparseGrid"):
+        tc.TokenGrid.of(sparse)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -367,7 +368,7 @@ DAMAGES = {
     "deep nesting": (lambda f: (f / "plan.json").write_text("[" * 200_000), "no checkpoint of"),
     "newer": (
         lambda f: edited(f, format=2, tokenconv="9.0"),
-        r"format 2 by tokenconv 9\.0, and .* reads format 1; update tokenconv",
+        r"plan\.json: written in format 2 by tokenconv 9\.0, and .* reads format 1; update tokenconv",
     ),
     "no format": (lambda f: edited(f, format=None), "no checkpoint of tokenconv"),
     "another architecture": (
@@ -376,6 +377,30 @@ DAMAGES = {
     ),
     "unknown block": (unknown_block, "cannot be read: unknown block 'mixffn': did you"),
 }
+
+
+def test_bases_are_told_apart_by_the_values_that_format_1_has_noted():
+    """Files of earlier versions have them; other samples would refuse the right base."""
+    note = checkpoint._note(torch.arange(1000.0).reshape(10, 100))
+    assert note == "10x100: 618 236 854 472 90 708 326 944"
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(hybrid, folder, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def named(*names):
+        done.append("name")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    save(hybrid, folder)
+    assert done == ["file", "file", "folder", "name", "folder", "name", "folder"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

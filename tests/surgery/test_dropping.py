@@ -358,6 +358,7 @@ def test_tokens_that_nobody_was_told_of_are_refused(vit):
         (torch.arange(10, 16)[None], "different indices below 15"),
         (torch.tensor([[3, 4, 3]]), "different indices below 15"),
         (torch.ones(2, 15, dtype=torch.int64), "a mask is boolean"),
+        (torch.tensor([[0, 5, 5], [1, 2, 3]]), "got some above or twice"),
     ],
 )
 def test_bad_input(vit, kept, message):

@@ -16,6 +16,7 @@ from torch import nn
 import tokenconv as tc
 from tokenconv.surgery import support
 from tokenconv.surgery.edits import carry_out, edit_for, inserted_modules
+from tokenconv.surgery.families import of_strides
 from tokenconv.surgery.plans import rehearse
 from tokenconv.surgery.sites import SITES, survey
 
@@ -281,3 +282,14 @@ def test_a_sweep_says_what_cannot_be_planned_and_is_kept(tmp_path):
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["timm"] == timm.__version__
     assert [support.Row(**row) for row in kept["rows"]] == rows
+
+
+def test_patches_are_counted_as_convolutions_count_them():
+    embed = nn.Module()
+    embed.proj = nn.Sequential(
+        nn.Conv2d(3, 4, (7, 5), stride=(4, 3), padding=(3, 1)), nn.ReLU(),
+        nn.Conv2d(4, 4, (3, 2), stride=2, padding=(1, 1)),
+    )  # fmt: skip
+    for size in ((57, 64), (90, 35)):
+        images = torch.zeros(1, 3, *size)
+        assert of_strides(embed, (images,), None) == embed.proj(images).shape[2:]

@@ -229,6 +229,14 @@ def test_a_plan_that_would_change_another_model_is_refused(pvt):
         tc.insert_(pvt, plan)
 
 
+def test_the_edit_that_changes_the_output_is_named(vit):
+    plan = tc.plan(vit, "peg", blocks=0) + tc.plan(
+        vit, "lka", site="replace_attn", blocks=[1, 2], allow_change=False
+    )
+    with pytest.raises(tc.SurgeryError, match=r"^lka at blocks\.1\.attn changes the output"):
+        tc.insert_(vit, plan)
+
+
 def test_a_plan_may_fit_another_model_better(pvt):
     plan = tc.plan(pvt, "mix_ffn", blocks=0, dilation=2)
     assert not plan.exact

@@ -127,6 +127,7 @@ def test_blocks_on_maps_refuse_other_sizes(family):
     model = tc.insert_(family.build(), "mix_ffn", input_size=(3, *family.size))
     freeze_grid_(model, family.size)
     block = next(iter(inserted_modules(model).values()))
+    assert block(torch.randn(1, block.rows, block.cols, block.dim)).ndim == 4
     with pytest.raises(tc.GridError, match=r"the grid is frozen to"):
         block(torch.randn(1, 4, 16, block.dim))
 

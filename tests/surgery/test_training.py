@@ -10,6 +10,7 @@ from torch import nn
 
 import tokenconv as tc
 from tokenconv.surgery.edits import inserted_modules
+from tokenconv.surgery.roles import is_norm
 from tokenconv.surgery.training import PRESETS, param_groups, trainable_
 
 LR = 1e-3
@@ -267,3 +268,15 @@ def test_layer_decay_needs_a_model_that_knows_its_layers(vit):
         param_groups(nn.Sequential(vit), lr=LR, layer_decay=0.5)
     nested = nn.Sequential(vit)
     assert by_name(nested, param_groups(nested, lr=LR))["0.pos_embed"] == (LR, 0)
+
+
+def test_norms_have_vectors_alone():
+    """A class may be called a norm and be a layer with one."""
+
+    class NormedLinear(nn.Linear):
+        pass
+
+    assert is_norm(nn.LayerNorm(4))
+    assert is_norm(nn.LayerNorm(4, elementwise_affine=False))
+    assert not is_norm(NormedLinear(4, 4))
+    assert not is_norm(nn.Linear(4, 4))
