@@ -368,7 +368,7 @@ DAMAGES = {
     "deep nesting": (lambda f: (f / "plan.json").write_text("[" * 200_000), "no checkpoint of"),
     "newer": (
         lambda f: edited(f, format=2, tokenconv="9.0"),
-        r"plan\.json: written in format 2 by tokenconv 9\.0, and .* reads format 1; update tokenconv",
+        r"plan\.json: written in format 2 by tokenconv 9\.0, .* reads format 1; update tokenconv",
     ),
     "no format": (lambda f: edited(f, format=None), "no checkpoint of tokenconv"),
     "another architecture": (
