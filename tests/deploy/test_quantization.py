@@ -412,6 +412,10 @@ def test_a_kernel_that_is_computed_stays_in_float(tmp_path):
             {"calibration": IMAGES[..., :40], "dynamic": ("hw",)},
             r"multiples of 16x16 \(two or more\) pixels to calibrate with, got 3 channels and 64x4",
         ),
+        (
+            {"calibration": IMAGES[..., :16, :], "dynamic": ("hw",)},
+            r"16x16 \(two or more\) pixels to calibrate with, got 3 channels and 16x48",
+        ),
         ({"tolerance": 1e-6}, "the onnx file does not agree with the model on images of 1x3x64x48"),
     ],
 )
