@@ -32,7 +32,7 @@ from packaging.version import Version
 
 RUNS = ROOT / "benchmarks/versions.json"
 PAGE = ROOT / "docs/versions.md"
-EXTRA = "deploy"
+EXTRAS = ("demo", "deploy")
 CORE = [
     "analysis/test_survey.py", "blocks/test_official.py", "blocks/test_papers.py",
     "cli/test_commands.py", "cli/test_sweeps.py", "costs/test_pricing.py",
@@ -86,7 +86,8 @@ def install(
     what = ["--overrides", overrides, "--requirements", project / "pyproject.toml"]
     resolution = "lowest-direct" if lowest else "highest"
     _uv("venv", "--quiet", "--seed", "--python", python, folder)  # with pip, as Python makes them
-    _uv(*into, *what, f"--extra={EXTRA}", f"--resolution={resolution}", wheel)
+    extras = [f"--extra={name}" for name in EXTRAS]
+    _uv(*into, *what, *extras, f"--resolution={resolution}", wheel)
     found = installed(folder)
     given.write_text("\n".join(f"{name}=={found[name]}" for name in needed()))
     _uv(*into, *what, "--extra=test", "--constraints", given)

@@ -1,9 +1,11 @@
 """What every test shares."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 
 if not torch.cuda.is_available():  # before Triton is imported, which reads it then
     os.environ["TRITON_INTERPRET"] = "1"
@@ -13,6 +15,14 @@ if not torch.cuda.is_available():  # before Triton is imported, which reads it t
 def _one_thread() -> None:
     """The models here are small: several threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what an older package than a test needs cannot do."""
+    for mark in item.iter_markers("needs"):
+        package, least, why = mark.args
+        if Version(version(package)) < Version(least):
+            pytest.skip(f"{package} before {least} {why}")
 
 
 _DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]

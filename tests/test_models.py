@@ -35,6 +35,9 @@ HYBRIDS = [
 ]
 each_hybrid = pytest.mark.parametrize(("base", "name", "kwargs", "size"), HYBRIDS)
 VIT_MIX = "vit_tiny_patch16_224_mix_ffn"
+newest_timm = pytest.mark.needs(
+    "timm", "1.0.31", "keeps no arguments of a model, and finds weights and features otherwise"
+)
 
 
 def create(name, seed=0, **kwargs):
@@ -176,6 +179,7 @@ def test_the_output_is_that_of_the_base(base, name, kwargs, size):
     assert not torch.allclose(moved, logits(plain, images(size)), atol=1e-3)
 
 
+@newest_timm
 @pytest.mark.parametrize(
     "asked",
     [
@@ -277,6 +281,7 @@ def checkpoint(tmp_path):
     return save
 
 
+@newest_timm
 @each_hybrid
 def test_pretrained_loads_the_base_then_inserts(base, name, kwargs, size, checkpoint):
     plain = create(base, seed=1, **kwargs, num_classes=9)
@@ -303,6 +308,7 @@ def test_pretrained_weights_are_converted_as_those_of_the_base(checkpoint, tmp_p
     assert torch.equal(logits(hybrid, images()), logits(plain, images()))
 
 
+@newest_timm
 def test_pretrained_weights_from_an_address(checkpoint):
     """Not read beforehand, as the weights of a tag are not."""
     plain = create("vit_tiny_patch16_224", seed=1, **VIT)
@@ -312,6 +318,7 @@ def test_pretrained_weights_from_an_address(checkpoint):
     assert torch.equal(logits(hybrid, images()), logits(plain, images()))
 
 
+@newest_timm
 @each_hybrid
 def test_weights_of_a_hybrid_load(base, name, kwargs, size, checkpoint):
     trained = randomize_(create(name, seed=1, **kwargs, num_classes=9))
@@ -330,6 +337,7 @@ def test_weights_of_a_hybrid_load(base, name, kwargs, size, checkpoint):
         assert torch.equal(features, trained.forward_features(images(size)))
 
 
+@newest_timm
 def test_weights_of_a_hybrid_fit_other_input(checkpoint):
     trained = randomize_(create(VIT_MIX, seed=1, **{**VIT, "img_size": 64}))
     overlay = checkpoint(trained)
@@ -344,6 +352,7 @@ def test_weights_of_a_hybrid_fit_other_input(checkpoint):
         assert all(torch.equal(ours[n].weight, theirs[n].weight) for n in theirs)
 
 
+@newest_timm
 def test_incomplete_weights_are_refused_where_strict(checkpoint, tmp_path):
     trained = create(VIT_MIX, seed=1, **VIT)
     overlay = checkpoint(trained)
@@ -399,6 +408,7 @@ def test_features_see_the_inserted_blocks(base, name, kwargs, size):
     assert same(logits(features, images(size)), expected)
 
 
+@newest_timm
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
 def test_features_of_every_class(feature_cls):
     asked = {**PVT, "features_only": True, "feature_cls": feature_cls, "out_indices": (0, 1, 3)}
@@ -482,6 +492,7 @@ SAVED = [
 ]
 
 
+@newest_timm
 @pytest.mark.parametrize(("base", "name", "kwargs", "size"), SAVED)
 def test_saved_by_timm_and_built_again(base, name, kwargs, size, tmp_path):
     model = randomize_(create(name, **kwargs, num_classes=9))

@@ -145,6 +145,7 @@ def test_blocks_take_sparse_grids(block):
         torch.testing.assert_close(packed[image], alone, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.needs("torch", "2.14", "compiles wrong gradients where tokens are missing")
 @pytest.mark.parametrize("how", ["compile", "export"])
 def test_shapes_do_not_depend_on_data(how):
     class Conv(torch.nn.Module):

@@ -92,9 +92,16 @@ def _taps(weight, c, valid_c, K: tl.constexpr, FLIP: tl.constexpr, RESIDUAL: tl.
 
 
 @triton.jit
+def _within(row, H, c):
+    """Whether a row is one of ``H``, ``[1, BC]``: of scalars the interpreter makes no masks."""
+    rows = (row + tl.zeros_like(c))[None, :]
+    return (rows >= 0) & (rows < H)
+
+
+@triton.jit
 def _read(base, row, col, H, W, stride_n, c, valid_c, EDGE: tl.constexpr):
     """Tokens ``[TW, BC]`` of one row, zero outside the grid; only rows are checked inside."""
-    mask = (row >= 0) & (row < H) & valid_c[None, :]
+    mask = _within(row, H, c) & valid_c[None, :]
     if EDGE:
         mask = mask & (col >= 0)[:, None] & (col < W)[:, None]
     start = base + (row * W).to(tl.int64) * stride_n
@@ -141,7 +148,7 @@ def _strip(
         if r >= K - 1:
             done = row - K // 2
             out = _activate(sums[r - K + 1], ACT, EXACT)
-            mask = (done < H) & valid_c[None, :]
+            mask = _within(done, H, c) & valid_c[None, :]
             if EDGE:
                 mask = mask & (col < W)[:, None]
             at = (done * W).to(tl.int64)
@@ -214,7 +221,7 @@ def convolve(
 def _neighbour(base, row, col, i, j, H, W, stride_n, c, inside, K: tl.constexpr):
     """Tokens ``[TW, BC]`` under one tap, zero outside the grid; nothing where no token is."""
     above, left = row + i - K // 2, col + j - K // 2
-    mask = (above >= 0) & (above < H) & inside & (left >= 0)[:, None] & (left < W)[:, None]
+    mask = _within(above, H, c) & inside & (left >= 0)[:, None] & (left < W)[:, None]
     start = base + (above * W).to(tl.int64) * stride_n
     return tl.load(start + left[:, None] * stride_n + c[None, :], mask=mask, other=0.0).to(
         tl.float32
