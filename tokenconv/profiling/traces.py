@@ -104,6 +104,7 @@ def _run(step: Step, device: torch.device, folder: Path | None = None) -> profil
             record_shapes=True,
             profile_memory=True,
             with_stack=folder is not None,
+            acc_events=True,  # of the one cycle there is; older versions of torch warn without
             schedule=schedule(wait=0, warmup=_WARMUP_STEPS, active=_PROFILED_STEPS, repeat=1),
             on_trace_ready=(
                 tensorboard_trace_handler(str(folder), step.mode, use_gzip=True) if folder else None
