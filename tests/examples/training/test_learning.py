@@ -26,14 +26,15 @@ SCRIPTS = {
     "examples/train_classification.py": train_classification,
     "examples/train_segmentation.py": train_segmentation,
 }
+OTHERS = {"examples/train_domains.py": train_domains, "examples/quantize.py": quantize}
 WHOLE = {words[1]: words[2:] for words in COMMANDS if "--scenes" in words}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_understood(words):
     script = next((word for word in words if word in SCRIPTS), None)
-    if words[1] == "examples/train_domains.py":
-        train_domains.parse(words[2:])
+    if words[1] in OTHERS:
+        OTHERS[words[1]].parse(words[2:])
         return
     if script is None:
         assert words[:2] == ["python", "examples/predict.py"]
