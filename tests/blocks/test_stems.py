@@ -307,6 +307,7 @@ def test_weights_start_as_in_the_papers(name, std):
         ("xcit_stem", {"patch_size": 12}, "expected a power of 2 as patch_size, got 12"),
         ("xcit_stem", {"dim": 4}, r"expected positive widths, got \(0, 1, 2, 4\)"),
         ("cct_tokenizer", {"num_layers": 0}, "num_layers=0"),
+        ("early_conv", {"kernel_size": 0}, "expected a kernel side of 1 or more, got 0"),
         ("shunted_stem", {"depth": -1}, "depth >= 0"),
         ("shunted_stem", {"kernel_size": 4}, "odd side, got depth=0, kernel_size=4"),
         ("spatial_prior", {"width": 0}, "expected positive widths"),

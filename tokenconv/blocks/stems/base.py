@@ -103,6 +103,8 @@ def conv_row(
     """Convolutions from width to width, each with a BatchNorm and an activation behind it."""
     if min(widths, default=0) < 1:
         raise ValueError(f"expected positive widths, got {tuple(widths[1:])}")
+    if side < 1:
+        raise ValueError(f"expected a kernel side of 1 or more, got {side}")
     steps: dict[str, nn.Module] = {}
     for i, ((dim, out_dim), stride) in enumerate(zip(pairwise(widths), strides, strict=True), 1):
         steps[f"conv{i}"] = conv(dim, out_dim, side, stride=stride, bias=bias)
