@@ -270,8 +270,8 @@ def kernels(content: Content) -> Found:
 def models(content: Content) -> Found:
     """Times of whole models, and the ratios of their arms."""
     rows = content["rows"]
-    arms = max((row["latency_ms"] for row in rows), key=len)  # with a block, so with a fold
-    pairs = max((row["ratio"] for row in rows), key=len)
+    arms = dict.fromkeys(arm for row in rows for arm in row["latency_ms"])
+    pairs = dict.fromkeys(pair for row in rows for pair in row["ratio"])
 
     def spreads(
         pair: str,
